@@ -66,7 +66,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch_size: int, num_tokens: i
     check_rank(op, "cu_seqlens", cu_seqlens, "[N + 1]")
     check_dtype(op, "cu_seqlens", cu_seqlens, INTEGER)
     check(batch_size == 1, op, "cu_seqlens", "come with a batch size of 1 (sequences are packed along T)", batch_size)
-    check(cu_seqlens.shape[0] >= 2, op, "cu_seqlens", "name at least one sequence", f"{cu_seqlens.shape[0]} entries")
+    if cu_seqlens.shape[0] < 2:  # formatted only on failure: formatting a symbolic size fixes it in a compiled graph
+        raise ValueError(f"{op}: cu_seqlens must name at least one sequence, got {cu_seqlens.shape[0]} entries")
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     values = cu_seqlens.tolist()
