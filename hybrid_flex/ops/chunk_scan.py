@@ -1,0 +1,58 @@
+"""A loop over the leading dimension that costs one graph node when it is traced and nothing extra when it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+def chunk_scan(step: Step, carry: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Carry a state through slices of ``xs``: ``carry, ys[i] = step(carry, xs[i])`` for i = 0, 1, ...
+
+    Args:
+        step: function of the carry and one slice of every tensor in ``xs``; returns the next carry (same shape and dtype)
+            and a tuple of tensors to stack. It must not write to its arguments.
+        carry: the state before the first slice.
+        xs: tensors that share their leading dimension, at least 1 long.
+
+    Returns:
+        The last carry and the stacked ``ys``, each with the leading dimension of ``xs``.
+
+    On plain tensors this is a Python loop. While a graph is being traced it becomes one ``scan`` node, so the time to
+    compile does not grow with the number of slices and that number may be dynamic. The ``scan`` of torch has no public
+    name yet; where it is missing the loop is unrolled, which is right but fixes the number of slices.
+    """
+    scan_op = None if _is_plain(carry) else _find_scan_op()
+    if scan_op is not None:
+
+        def combine(*flat: Tensor) -> tuple[Tensor, ...]:
+            state, ys = step(flat[0], flat[1:])
+            # Outputs of a scan body may not alias one another or an input.
+            return tuple(t.clone() for t in (state, *ys))
+
+        # The carry goes in as a copy of its own: a scan may not alias its inputs either.
+        last, *stacked = scan_op(combine, [carry.clone()], list(xs), ())
+        return last, tuple(stacked)
+
+    outputs: list[tuple[Tensor, ...]] = []
+    for i in range(xs[0].shape[0]):
+        carry, ys = step(carry, tuple(x[i] for x in xs))
+        outputs.append(ys)
+    return carry, tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _find_scan_op() -> Callable[..., tuple[Tensor, ...]] | None:
+    try:
+        from torch._higher_order_ops.scan import scan_op
+    except ImportError:
+        return None
+    return scan_op

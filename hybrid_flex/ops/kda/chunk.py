@@ -1,0 +1,447 @@
+"""Chunked Kimi Delta Attention: the recurrence as matrix products over chunks of tokens and a scan over chunks.
+
+Per sequence and value head, with ``D_ij = exp(g_{j+1} + ... + g_i)`` per key channel, ``P`` = decay from the chunk's start
+through row i, ``E`` = decay after row i to the chunk's end, ``S`` the state before the chunk and ``s`` the scale:
+
+    Aqk_ij = s <q_i, D_ij k_j>       i >= j                  L_ij = beta_i <k_i, D_ij k_j>   i > j
+    A      = (I + L)^-1              u = A (beta v)          w = A (beta P k)
+    v_new  = u - w S                 o = s (P q) S + Aqk v_new
+    S'     = Diag(P_last) S + (E k)^T v_new
+
+Everything but ``v_new`` and ``S'`` is computed for all chunks at once.  The backward is written out by hand as a second
+operator; it recomputes the chunk quantities from the raw inputs, so the forward saves nothing but its arguments (under
+torch.compile both stand in one graph, and common subexpressions are computed once).
+Source: Kimi Linear, arXiv:2510.26692, section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid_flex.checks import check_choice
+from hybrid_flex.ops.chunk_scan import chunk_scan
+
+from .decay import Decay, decay_tree, decay_tree_backward, join, pairs
+from .inputs import Active, Raw, accumulation_dtype, activate, activate_backward, check_inputs, initial_state_or_zeros
+from .layout import Packing, pack, to_chunks, to_tokens
+
+CHUNK_SIZES = (16, 32, 64)
+
+
+class _Chunks(NamedTuple):
+    """Chunk quantities of the equations above, each ``[M, ...]`` over the M = NC * B * HV chunks of all heads."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    decay: Decay
+    Aqk: Tensor
+    A: Tensor
+    u: Tensor
+    w: Tensor
+    q_from_start: Tensor
+    k_from_start: Tensor
+    k_to_end: Tensor
+    total: Tensor
+
+
+def chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    use_beta_sigmoid_in_kernel: bool = False,
+    allow_neg_eigval: bool = False,
+    safe_gate: bool = False,
+    lower_bound: float | None = None,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state_v_first: bool = False,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor | None]:
+    """Run Kimi Delta Attention over whole sequences, chunk by chunk.
+
+    The recurrence, per sequence and value head::
+
+        S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
+        o_t = scale * S_t^T q_t
+
+    Args:
+        q: queries, ``[B, T, H, K]``, bfloat16, float16, float32 or float64.
+        k: keys, ``[B, T, H, K]``, dtype of q.
+        v: values, ``[B, T, HV, V]``, dtype of q; HV is a multiple of H, and head h of q and k serves the value heads
+            ``h * HV / H ... (h + 1) * HV / H - 1``.
+        g: natural-log decay per token, ``[B, T, HV, K]``, any floating dtype, not positive (a positive value is undefined);
+            the raw gate with ``use_gate_in_kernel``.
+        beta: write strength, ``[B, T, HV]``, in [0, 1]; the raw logit with ``use_beta_sigmoid_in_kernel``.
+        scale: factor of the output; None means ``K ** -0.5``.
+        initial_state: state before the first token, ``[N, HV, K, V]``, float32 (float64 with float64 q); None means zero.
+            N is B, or the number of packed sequences.
+        output_final_state: whether to return the state after the last token.
+        use_qk_l2norm_in_kernel: divide q and k by ``sqrt(sum x^2 + 1e-6)`` first.
+        use_gate_in_kernel: turn the raw gate g into a log decay with A_log, dt_bias and lower_bound, see `kda_gate`.
+        use_beta_sigmoid_in_kernel: apply the sigmoid to beta.
+        allow_neg_eigval: double the sigmoid's result, so that ``I - beta k k^T`` may have negative eigenvalues; needs
+            ``use_beta_sigmoid_in_kernel``.
+        safe_gate: promise that no log decay is below -5, which lets kernels take a faster path; with
+            ``use_gate_in_kernel`` this needs a ``lower_bound`` in [-5, 0). The CPU form is exact without the promise.
+        lower_bound: smallest log decay of the lower-bound gate; None selects the softplus gate.
+        A_log: log slope of the gate, any view with HV elements.
+        dt_bias: bias of the gate, any view with HV * K elements.
+        cu_seqlens: boundaries of sequences packed along T, ``[N + 1]``, int32 or int64, from 0 to T, never decreasing,
+            with B = 1; an empty sequence passes its state through. The values are checked only on CPU outside a graph.
+        state_v_first: initial and final state are ``[N, HV, V, K]`` instead.
+        chunk_size: tokens in a chunk: 16, 32 or 64.
+
+    Returns:
+        ``(o, final_state)``: o ``[B, T, HV, V]`` in the dtype of q; final_state ``[N, HV, K, V]`` in float32 (float64 with
+        float64 q), or None without ``output_final_state``.
+
+    Raises:
+        ValueError: a shape, size, device or option breaks a rule above.
+        TypeError: a dtype is not supported, or a keyword is unknown.
+
+    Device: CPU and CUDA; differentiable in q, k, v, g, beta, initial_state, A_log and dt_bias.
+
+    Source: Kimi Linear (arXiv:2510.26692), equations of section 3; the keywords are those of flash-linear-attention.
+
+    >>> q = k = v = torch.randn(1, 100, 2, 16)
+    >>> o, state = chunk_kda(q, k, v, -torch.rand(1, 100, 2, 16), torch.rand(1, 100, 2), output_final_state=True)
+    >>> o.shape, state.shape
+    (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
+    """
+    check_choice("chunk_kda", "chunk_size", chunk_size, CHUNK_SIZES)
+    flags = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
+    raw = Raw(q, k, v, g, beta, A_log, dt_bias, *flags)
+    check_inputs("chunk_kda", raw, initial_state, cu_seqlens, state_v_first, safe_gate)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, final_state = _chunk_kda(*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
+    return o, final_state if output_final_state else None
+
+
+@torch.library.triton_op("hybrid_flex::chunk_kda", mutates_args=())
+def _chunk_kda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    l2norm: bool,
+    gate: bool,
+    sigmoid: bool,
+    neg_eigval: bool,
+    lower_bound: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_v_first: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
+    (B, T), (HV, V) = v.shape[:2], v.shape[2:]
+    packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
+    x = _prepare(activate(raw), scale, chunk_size, packing)
+    initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
+    states, v_new, final = _scan_states(x, initial, packing)
+    o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
+    o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
+    return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
+
+
+@_chunk_kda.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    l2norm: bool,
+    gate: bool,
+    sigmoid: bool,
+    neg_eigval: bool,
+    lower_bound: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_v_first: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    return fake_outputs(q, k, v, cu_seqlens, state_v_first)
+
+
+@torch.library.triton_op("hybrid_flex::chunk_kda_backward", mutates_args=())
+def _chunk_kda_backward(
+    d_o: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    l2norm: bool,
+    gate: bool,
+    sigmoid: bool,
+    neg_eigval: bool,
+    lower_bound: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_v_first: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
+    (B, T), HV = v.shape[:2], v.shape[2]
+    packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
+    x = _prepare(activate(raw), scale, chunk_size, packing)
+    initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
+    states, v_new, _ = _scan_states(x, initial, packing)
+    dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
+    d_final = d_final.mT if state_v_first else d_final
+    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing)
+    grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
+    tokens = [to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads]
+    active = Active(*tokens[:4], tokens[4].squeeze(-1))
+    d_initial = q.new_empty(0) if initial_state is None else _final_layout(d_initial, state_v_first)
+    return tuple(t.contiguous() for t in (*activate_backward(raw, active), d_initial))  # type: ignore[return-value]
+
+
+@_chunk_kda_backward.register_fake
+def _(d_o: Tensor, d_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    raw, initial_state = Raw(*args[:12]), args[12]
+    like = (raw.q, raw.k, raw.v, raw.g, raw.beta, raw.A_log, raw.dt_bias, initial_state)
+    return tuple(
+        raw.q.new_empty(0)
+        if x is None
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in like
+    )
+
+
+def fake_outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Return output and final state of a KDA operator as shapes and dtypes only."""
+    K, (B, _, HV, V) = k.shape[-1], v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dims = (V, K) if state_v_first else (K, V)
+    return q.new_empty(v.shape), q.new_empty((N, HV, *dims), dtype=accumulation_dtype(q))
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save the arguments of a KDA operator, and nothing else, for its backward."""
+    tensors = (*inputs[:7], inputs[12], inputs[13])
+    ctx.save_for_backward(*tensors)
+    ctx.options = (inputs[7:12], inputs[14:16], inputs[16] if len(inputs) > 16 else CHUNK_SIZES[0])
+
+
+def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute gradients of a KDA operator's arguments, in the order of its schema."""
+    *raw, initial_state, cu_seqlens = ctx.saved_tensors
+    flags, (scale, state_v_first), chunk_size = ctx.options
+    grads = _chunk_kda_backward(
+        d_o, d_final, *raw, *flags, initial_state, cu_seqlens, scale, state_v_first, chunk_size
+    )
+    wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
+    return (*wanted[:7], *([None] * 5), wanted[7], *([None] * (len(ctx.needs_input_grad) - 13)))
+
+
+torch.library.register_autograd("hybrid_flex::chunk_kda", backward, setup_context=setup_context)
+
+
+def _prepare(x: Active, scale: float, chunk_size: int, packing: Packing | None) -> _Chunks:
+    """Compute, for all chunks at once, everything that does not need the state."""
+    chunked = (to_chunks(t, chunk_size, packing).flatten(0, 1) for t in (*x[:4], x.beta[..., None]))
+    q, k, v, g, beta = chunked
+    decay = decay_tree(g)
+    Aqk, A = _intra_chunk(q, k, beta, decay, scale)
+    q_from_start = q * decay.from_start * scale
+    k_from_start = k * decay.from_start * beta
+    k_to_end = k * decay.to_end
+    u, w = torch.bmm(A, beta * v), torch.bmm(A, k_from_start)
+    total = decay.from_start[:, -1, :, None]
+    return _Chunks(q, k, v, beta, decay, Aqk, A, u, w, q_from_start, k_from_start, k_to_end, total)
+
+
+def _intra_chunk(q: Tensor, k: Tensor, beta: Tensor, decay: Decay, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute ``Aqk`` and ``A = (I + L)^-1``, each ``[M, C, C]``, by merging diagonal blocks of 1, 2, 4, ... rows.
+
+    # NOTE [Inverse by merging]
+    The inverse of a unit lower triangle [[I + L1, 0], [X, I + L2]] is [[A1, 0], [-A2 X A1, A2]], so the inverse of every
+    chunk grows along the decay tree together with Aqk: one pass over the levels makes both.
+    """
+    Aqk = (scale * (q * k).sum(-1))[..., None, None]
+    A = torch.ones_like(Aqk)
+    for level, (row_decay, column_decay) in enumerate(decay.levels):
+        m = 2**level
+        rows, columns = _level_operands(q, k, beta, row_decay, column_decay, m)
+        cross = rows @ columns.mT
+        cross_qk, X = scale * cross[:, :, :m], cross[:, :, m:]
+        (A1, A2), (Aqk1, Aqk2) = pairs(A, 1), pairs(Aqk, 1)
+        A1, A2, Aqk1, Aqk2 = (t.squeeze(2) for t in (A1, A2, Aqk1, Aqk2))
+        A = _merge(A1, -(A2 @ (X @ A1)), A2)
+        Aqk = _merge(Aqk1, cross_qk, Aqk2)
+    return Aqk.squeeze(1), A.squeeze(1)
+
+
+def _level_operands(
+    q: Tensor, k: Tensor, beta: Tensor, row_decay: Tensor, column_decay: Tensor, m: int
+) -> tuple[Tensor, Tensor]:
+    """Return decayed ``[q; beta k]`` of the right blocks ``[M, n, 2m, K]`` and decayed k of the left ones ``[M, n, m, K]``."""
+    k_left, k_right = pairs(k, m)
+    rows = torch.cat((pairs(q, m)[1] * row_decay, pairs(beta, m)[1] * k_right * row_decay), 2)
+    return rows, k_left * column_decay
+
+
+def _merge(upper: Tensor, cross: Tensor, lower: Tensor) -> Tensor:
+    """Return the block matrices [[upper, 0], [cross, lower]]."""
+    m = cross.shape[-1]
+    return torch.cat((F.pad(upper, (0, m)), torch.cat((cross, lower), -1)), -2)
+
+
+def _final_layout(state: Tensor, state_v_first: bool) -> Tensor:
+    return (state.mT if state_v_first else state).contiguous()
+
+
+def _scan_states(x: _Chunks, initial: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry the state through the chunks.
+
+    Returns the state before every chunk ``[M, K, V]``, ``v_new [M, C, V]`` and the final states ``[N, HV, K, V]``.
+    """
+    num_rows = initial.shape[0] * initial.shape[1] if packing is None else initial.shape[1]
+    xs = tuple(t.unflatten(0, (-1, num_rows)) for t in (x.u, x.w, x.k_to_end, x.total))
+    if packing is None:
+        start = initial.flatten(0, 1)
+    else:
+        start = torch.zeros_like(initial[0])
+        xs += (packing.is_first, initial.index_select(0, packing.sequence))
+
+    def step(S: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        u, w, k_to_end, total, *restart = xs
+        if restart:
+            S = torch.where(restart[0], restart[1], S)
+        v_new = torch.baddbmm(u, w, S, alpha=-1)
+        return torch.baddbmm(total * S, k_to_end.mT, v_new), (S, v_new)
+
+    final, (states, v_new) = chunk_scan(step, start, xs)
+    if packing is None:
+        final = final.view(initial.shape)
+    else:
+        # The state after the last chunk of each sequence, by one more step from the state before it.
+        last = (t.index_select(0, packing.last_chunk) for t in (xs[3], xs[2], states, v_new))
+        total, k_to_end, S, v = last
+        final = torch.where(packing.is_empty[:, None, None, None], initial, total * S + k_to_end.mT @ v)
+    return states.flatten(0, 1), v_new.flatten(0, 1), final
+
+
+def _scan_states_backward(
+    x: _Chunks, dO: Tensor, d_final: Tensor, packing: Packing | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Carry the state's gradient through the chunks in reverse.
+
+    Returns the gradient of the state after every chunk ``[M, K, V]``, that of ``v_new [M, C, V]``, and that of the initial
+    states ``[N, HV, K, V]``.
+    """
+    num_rows = d_final.shape[0] * d_final.shape[1] if packing is None else d_final.shape[1]
+    inside = (torch.bmm(x.Aqk.mT, dO), torch.bmm(x.q_from_start.mT, dO), x.w, x.k_to_end, x.total)
+    xs = tuple(t.unflatten(0, (-1, num_rows)).flip(0) for t in inside)
+    if packing is None:
+        start = d_final.flatten(0, 1)
+    else:
+        start = torch.zeros_like(d_final[0])
+        xs += (packing.is_last.flip(0), d_final.index_select(0, packing.sequence.flip(0)))
+
+    def step(dS: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        d_v, from_output, w, k_to_end, total, *restart = xs
+        if restart:
+            dS = torch.where(restart[0], restart[1], dS)
+        d_v_new = torch.baddbmm(d_v, k_to_end, dS)
+        return torch.baddbmm(total * dS + from_output, w.mT, d_v_new, alpha=-1), (dS, d_v_new)
+
+    d_initial, stacked = chunk_scan(step, start, xs)
+    d_states, d_v_new = (t.flip(0) for t in stacked)
+    if packing is None:
+        d_initial = d_initial.view(d_final.shape)
+    else:
+        # The gradient before the first chunk of each sequence, by one more step from the gradient after it.
+        source = (*(t.flip(0) for t in (xs[4], xs[1], xs[2])), d_states, d_v_new)
+        total, from_output, w, dS, d_v = (t.index_select(0, packing.first_chunk) for t in source)
+        inner = total * dS + from_output - w.mT @ d_v
+        d_initial = torch.where(packing.is_empty[:, None, None, None], d_final, inner)
+    return d_states.flatten(0, 1), d_v_new.flatten(0, 1), d_initial
+
+
+def _prepare_backward(
+    x: _Chunks, S: Tensor, v_new: Tensor, dO: Tensor, dS: Tensor, d_v_new: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of the chunked q, k, v, g and beta, each ``[M, C, ...]``."""
+    from_start, to_end = x.decay.from_start, x.decay.to_end
+    d_Aqk = torch.bmm(dO, v_new.mT)  # only its lower triangle is read
+    d_w = -torch.bmm(d_v_new, S.mT)
+    d_A = torch.bmm(d_v_new, (x.beta * x.v).mT) + torch.bmm(d_w, x.k_from_start.mT)
+    # Entries of d_A above the diagonal only reach entries of d_L there, which nobody reads.
+    d_L = -torch.bmm(torch.bmm(x.A.mT, d_A), x.A.mT)
+    d_beta_v, d_k_from_start = torch.bmm(x.A.mT, d_v_new), torch.bmm(x.A.mT, d_w)
+    d_q_from_start, d_k_to_end = torch.bmm(dO, S.mT), torch.bmm(v_new, dS.mT)
+
+    dq = d_q_from_start * from_start * scale
+    dk = d_k_to_end * to_end + d_k_from_start * from_start * x.beta
+    dv = d_beta_v * x.beta
+    d_beta = (d_beta_v * x.v).sum(-1, keepdim=True) + (d_k_from_start * x.k * from_start).sum(-1, keepdim=True)
+    d_prefix = d_q_from_start * x.q_from_start + d_k_from_start * x.k_from_start
+    d_total = (x.total * S * dS).sum(-1)  # the chunk's whole decay is the prefix of its last row
+    d_prefix = torch.cat((d_prefix[:, :-1], d_prefix[:, -1:] + d_total[:, None]), 1)
+
+    dq_intra, dk_intra, d_beta_intra, d_levels = _intra_chunk_backward(x, d_Aqk, d_L, scale)
+    dg = decay_tree_backward(d_levels, d_prefix, d_k_to_end * x.k_to_end)
+    return dq + dq_intra, dk + dk_intra, dv, dg, d_beta + d_beta_intra
+
+
+def _intra_chunk_backward(
+    x: _Chunks, d_Aqk: Tensor, d_L: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+    """Send the gradients of Aqk and L back through every level of the decay tree; see `_intra_chunk`."""
+    diagonal = scale * d_Aqk.diagonal(dim1=-2, dim2=-1)[..., None]
+    dq, dk, d_beta = diagonal * x.k, diagonal * x.q, torch.zeros_like(x.beta)
+    d_levels = []
+    for level, (row_decay, column_decay) in enumerate(x.decay.levels):
+        m = 2**level
+        rows, columns = _level_operands(x.q, x.k, x.beta, row_decay, column_decay, m)
+        d_cross = torch.cat((scale * _cross_blocks(d_Aqk, m), _cross_blocks(d_L, m)), 2)
+        d_rows, d_columns = d_cross @ columns, d_cross.mT @ rows
+        (dq_rows, dk_rows), beta = (d_rows[:, :, :m], d_rows[:, :, m:]), pairs(x.beta, m)[1]
+        k_right = pairs(x.k, m)[1]
+        zeros = torch.zeros_like(d_columns)
+        dq = dq + join(zeros, dq_rows * row_decay)
+        dk = dk + join(d_columns * column_decay, dk_rows * row_decay * beta)
+        d_beta_right = (dk_rows * k_right * row_decay).sum(-1, keepdim=True)
+        d_beta = d_beta + join(torch.zeros_like(d_beta_right), d_beta_right)
+        d_row_prefix = dq_rows * rows[:, :, :m] + dk_rows * rows[:, :, m:]
+        d_levels.append((d_row_prefix, d_columns * columns))
+    return dq, dk, d_beta, d_levels
+
+
+def _cross_blocks(x: Tensor, m: int) -> Tensor:
+    """Return the blocks of ``[M, C, C]`` whose rows lie in a right block and columns in its left neighbour, [M, n, m, m]."""
+    n = x.shape[-1] // (2 * m)
+    blocks = x.unflatten(1, (n, 2, m))[:, :, 1].unflatten(-1, (n, 2, m))[..., 0, :]
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
