@@ -10,7 +10,9 @@ from torch import Tensor
 Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-def chunk_scan(step: Step, carry: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def chunk_scan(
+    step: Step, carry: Tensor, xs: tuple[Tensor, ...], sizes: tuple[int, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Carry a state through slices of ``xs``: ``carry, ys[i] = step(carry, xs[i])`` for i = 0, 1, ...
 
     Args:
@@ -18,6 +20,8 @@ def chunk_scan(step: Step, carry: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tenso
             and a tuple of tensors to stack. It must not write to its arguments.
         carry: the state before the first slice.
         xs: tensors that share their leading dimension, at least 1 long.
+        sizes: the sizes of the caller's arguments (B, T, ...) that shapes of ``carry`` and ``xs`` are computed from. While
+            a graph with dynamic shapes is lowered, every such size must be an input of the scan by itself.
 
     Returns:
         The last carry and the stacked ``ys``, each with the leading dimension of ``xs``.
@@ -30,12 +34,13 @@ def chunk_scan(step: Step, carry: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tenso
     if scan_op is not None:
 
         def combine(*flat: Tensor) -> tuple[Tensor, ...]:
-            state, ys = step(flat[0], flat[1:])
+            state, ys = step(flat[0], flat[1 : 1 + len(xs)])
             # Outputs of a scan body may not alias one another or an input.
             return tuple(t.clone() for t in (state, *ys))
 
         # The carry goes in as a copy of its own: a scan may not alias its inputs either.
-        last, *stacked = scan_op(combine, [carry.clone()], list(xs), ())
+        symbols = tuple(s for s in sizes if isinstance(s, torch.SymInt))
+        last, *stacked = scan_op(combine, [carry.clone()], list(xs), symbols)
         return last, tuple(stacked)
 
     outputs: list[tuple[Tensor, ...]] = []

@@ -157,7 +157,7 @@ def _chunk_kda(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, final = _scan_states(x, initial, packing)
+    states, v_new, final = _scan_states(x, initial, packing, (B, T, initial.shape[0]))
     o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
     o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
@@ -213,10 +213,10 @@ def _chunk_kda_backward(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, _ = _scan_states(x, initial, packing)
+    states, v_new, _ = _scan_states(x, initial, packing, (B, T, initial.shape[0]))
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
     d_final = d_final.mT if state_v_first else d_final
-    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing)
+    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, (B, T, initial.shape[0]))
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
     tokens = [to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads]
     active = Active(*tokens[:4], tokens[4].squeeze(-1))
@@ -321,7 +321,9 @@ def _final_layout(state: Tensor, state_v_first: bool) -> Tensor:
     return (state.mT if state_v_first else state).contiguous()
 
 
-def _scan_states(x: _Chunks, initial: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_states(
+    x: _Chunks, initial: Tensor, packing: Packing | None, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Carry the state through the chunks.
 
     Returns the state before every chunk ``[M, K, V]``, ``v_new [M, C, V]`` and the final states ``[N, HV, K, V]``.
@@ -341,7 +343,7 @@ def _scan_states(x: _Chunks, initial: Tensor, packing: Packing | None) -> tuple[
         v_new = torch.baddbmm(u, w, S, alpha=-1)
         return torch.baddbmm(total * S, k_to_end.mT, v_new), (S, v_new)
 
-    final, (states, v_new) = chunk_scan(step, start, xs)
+    final, (states, v_new) = chunk_scan(step, start, xs, sizes)
     if packing is None:
         final = final.view(initial.shape)
     else:
@@ -353,7 +355,7 @@ def _scan_states(x: _Chunks, initial: Tensor, packing: Packing | None) -> tuple[
 
 
 def _scan_states_backward(
-    x: _Chunks, dO: Tensor, d_final: Tensor, packing: Packing | None
+    x: _Chunks, dO: Tensor, d_final: Tensor, packing: Packing | None, sizes: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry the state's gradient through the chunks in reverse.
 
@@ -376,7 +378,7 @@ def _scan_states_backward(
         d_v_new = torch.baddbmm(d_v, k_to_end, dS)
         return torch.baddbmm(total * dS + from_output, w.mT, d_v_new, alpha=-1), (dS, d_v_new)
 
-    d_initial, stacked = chunk_scan(step, start, xs)
+    d_initial, stacked = chunk_scan(step, start, xs, sizes)
     d_states, d_v_new = (t.flip(0) for t in stacked)
     if packing is None:
         d_initial = d_initial.view(d_final.shape)

@@ -105,7 +105,7 @@ def gated_rms_norm(
     check_dtype(op, "gate", gate, (x.dtype,))
     check_device(op, "gate", gate, x.device)
     check_shape(op, "weight", weight, (x.shape[-1],), "[D]")
-    check_dtype(op, "weight", weight, (x.dtype, torch.float32))
+    check_dtype(op, "weight", weight, tuple(dict.fromkeys((x.dtype, torch.float32))))
     check_device(op, "weight", weight, x.device)
     check(eps > 0, op, "eps", "be positive", eps)
     check_choice(op, "activation", activation, ACTIVATIONS)

@@ -262,7 +262,7 @@ def short_conv(
     num_taps = weight.shape[1]
     check(MIN_TAPS <= num_taps <= MAX_TAPS, op, "weight", f"have {MIN_TAPS} to {MAX_TAPS} taps", num_taps)
     check_choice(op, "activation", activation, ("silu", None))
-    parameter_dtypes = (x.dtype, torch.float32)
+    parameter_dtypes = tuple(dict.fromkeys((x.dtype, torch.float32)))
     check_dtype(op, "weight", weight, parameter_dtypes)
     check_device(op, "weight", weight, x.device)
     if bias is not None:
