@@ -93,6 +93,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[T
     return o, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
 
 
+def gather_lse(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Tensor:
+    """Compute the log-sum-exps ``[B, T, H]`` alone, for a form of attention that does not return them."""
+    no_values = k[..., :0]
+    lse: Tensor = torch.ops.hybrid_flex.sparse_attention_gather(q, k, no_values, indices, scale)[1]
+    return lse
+
+
 @torch.library.custom_op("hybrid_flex::sparse_attention_backward", mutates_args=())
 def _backward(
     do: Tensor,
@@ -229,6 +236,7 @@ def sparse_attention(
     if backend == "reference":
         return reference_attention(q, k, v, indices, scale)
     if backend == "flex":
+        check_dtype(op, "q", q, (torch.bfloat16, torch.float16, torch.float32))
         return torch.ops.hybrid_flex.sparse_attention_flex(q, k, v, indices, scale)
     return torch.ops.hybrid_flex.sparse_attention_gather(q, k, v, indices, scale)
 
