@@ -1,0 +1,275 @@
+"""DeepSeek Sparse Attention over latent keys and values (multi-head latent attention, MLA).
+
+x -> (q latent) -> q        x -> [latent | rotated key] -> cache, one row of kv_lora_rank + rope_dim per token
+x, q latent -> indexer q, k, w -> lightning_topk -> indices -> sparse_attention -> output projection
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_flex.checks import check, check_choice, check_cu_seqlens, check_shape
+from hybrid_flex.layers.dense import dense_attention
+from hybrid_flex.layers.dsa import STAGES
+from hybrid_flex.layers.indexer import LightningIndexer
+from hybrid_flex.layers.positions import token_positions
+from hybrid_flex.layers.state import DSAState, check_state
+from hybrid_flex.ops.dsa import RopeLayout, apply_rope, rope_cos_sin, sparse_attention
+
+FORMS = ("absorbed", "expanded")
+
+
+class DeepSeekSparseMLA(nn.Module):
+    """Attend to selected tokens whose keys and values are one shared latent ``c_s = RMSNorm(W_kva x_s)``.
+
+    With ``W_kvb`` split into ``W_k`` and ``W_v`` and the optional rotated parts ``q_r, k_r``::
+
+        expanded:  k_s = [W_k c_s | k_r_s], v_s = W_v c_s           o_t = softmax_{s in S_t}(scale q_t . k_s) v_s
+        absorbed:  q'_t = [W_k^T q_t | q_r_t], k'_s = [c_s | k_r_s]   o_t = W_v softmax_{s in S_t}(scale q'_t . k'_s) c_s
+
+    Both are the same function; the absorbed form has one key/value head, reads the cache as it is, and is what
+    the sparse operator likes best.  ``scale = (qk_nope_head_dim + rope_dim)^-0.5`` in both.
+
+    Args:
+        hidden_size: model width D.
+        num_heads: query heads H.
+        kv_lora_rank: width R of the latent.
+        qk_nope_head_dim: unrotated width of a query and key head.
+        v_head_dim: width of a value head.
+        rope_dim: rotated width of a query head and of the one shared key; 0 for none (GLM-5.3-Flash).
+        q_lora_rank: width of the queries' own latent (RMS-normalised), also the indexer's query input; None to project
+            from the hidden state.
+        topk: tokens a query attends to; a multiple of ``index_kpool``.
+        index_heads: heads of the indexer.
+        index_head_dim: width of an indexer head.
+        index_kpool: tokens per pooled index key; see `LightningIndexer`.
+        rope_layout: `RopeLayout` of the main attention (DeepSeek-V3.2: interleaved).
+        rope_theta: base of the rotation frequencies, the indexer's too.
+        index_rope_dim: rotated channels of the indexer; ``min(rope_dim, index_head_dim)`` by default.
+        index_rope_layout: `RopeLayout` of the indexer (DeepSeek-V3.2: half).
+        norm_eps: eps of the two RMS norms.
+        share_indices: True for a layer without an indexer, which attends to the ``indices`` it is given.
+        form: "absorbed" or "expanded".
+        backend: of `sparse_attention`: "auto", "gather", "flex" or "reference".
+
+    Raises:
+        ValueError: a count or width is not positive, an unknown form, ``topk`` no multiple of ``index_kpool``.
+
+    Note:
+        `forward` never trains the indexer; `forward_with_indexer_loss` gives the loss that does.
+
+    Device: CPU and CUDA.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; DeepSeek-V3.2 report, section 2.
+
+    Example:
+        >>> layer = DeepSeekSparseMLA(32, 4, kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=8, rope_dim=4, topk=4,
+        ...                           index_heads=2, index_head_dim=8)
+        >>> y, state = layer(torch.randn(2, 10, 32))
+        >>> y.shape, state.kv.shape, state.index_keys.shape
+        (torch.Size([2, 10, 32]), torch.Size([2, 10, 1, 20]), torch.Size([2, 10, 8]))
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        kv_lora_rank: int = 512,
+        qk_nope_head_dim: int = 128,
+        v_head_dim: int = 128,
+        rope_dim: int = 0,
+        q_lora_rank: int | None = None,
+        topk: int = 2048,
+        index_heads: int = 4,
+        index_head_dim: int = 64,
+        index_kpool: int = 1,
+        rope_layout: RopeLayout | str = RopeLayout.INTERLEAVED,
+        rope_theta: float = 10000.0,
+        index_rope_dim: int | None = None,
+        index_rope_layout: RopeLayout | str = RopeLayout.HALF,
+        norm_eps: float = 1e-6,
+        share_indices: bool = False,
+        form: str = "absorbed",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        name = "DeepSeekSparseMLA"
+        for argument, value in (
+            ("hidden_size", hidden_size),
+            ("num_heads", num_heads),
+            ("kv_lora_rank", kv_lora_rank),
+            ("qk_nope_head_dim", qk_nope_head_dim),
+            ("v_head_dim", v_head_dim),
+            ("q_lora_rank", 1 if q_lora_rank is None else q_lora_rank),
+            ("topk", topk),
+        ):
+            check(value > 0, name, argument, "be positive", value)
+        check(rope_dim >= 0 and rope_dim % 2 == 0, name, "rope_dim", "be even and not negative", rope_dim)
+        check_choice(name, "rope_layout", rope_layout, tuple(layout.value for layout in RopeLayout))
+        check_choice(name, "form", form, FORMS)
+        self.hidden_size, self.num_heads, self.kv_lora_rank = hidden_size, num_heads, kv_lora_rank
+        self.qk_nope_head_dim, self.v_head_dim, self.rope_dim = qk_nope_head_dim, v_head_dim, rope_dim
+        self.rope_layout, self.rope_theta = RopeLayout(rope_layout), rope_theta
+        self.form, self.backend, self.scale = form, backend, (qk_nope_head_dim + rope_dim) ** -0.5
+
+        query_size = num_heads * (qk_nope_head_dim + rope_dim)
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden_size, query_size, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, q_lora_rank, bias=False)
+            self.q_a_norm = nn.RMSNorm(q_lora_rank, eps=norm_eps)
+            self.q_b_proj = nn.Linear(q_lora_rank, query_size, bias=False)
+        self.q_lora_rank = q_lora_rank
+        self.kv_a_proj = nn.Linear(hidden_size, kv_lora_rank + rope_dim, bias=False)
+        self.kv_a_norm = nn.RMSNorm(kv_lora_rank, eps=norm_eps)
+        self.kv_b_proj = nn.Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.indexer: LightningIndexer | None = None
+        if not share_indices:
+            self.indexer = LightningIndexer(
+                hidden_size,
+                num_heads=index_heads,
+                head_dim=index_head_dim,
+                topk=topk,
+                query_dim=q_lora_rank,
+                rope_dim=min(rope_dim, index_head_dim) if index_rope_dim is None else index_rope_dim,
+                rope_layout=index_rope_layout,
+                rope_theta=rope_theta,
+                kpool=index_kpool,
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: DSAState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+    ) -> tuple[Tensor, DSAState | None]:
+        """Mix a stretch of tokens; arguments, results and errors as in `DeepSeekSparseAttention.forward`."""
+        y, state, _, _ = self.attend(x, state, cu_seqlens, indices=indices)
+        return y, state
+
+    def forward_with_indexer_loss(
+        self, x: Tensor, state: DSAState | None = None, cu_seqlens: Tensor | None = None, *, stage: str = "sparse"
+    ) -> tuple[Tensor, DSAState | None, Tensor]:
+        """Mix tokens and return the indexer's loss too, as `DeepSeekSparseAttention.forward_with_indexer_loss`."""
+        y, state, _, loss = self.attend(x, state, cu_seqlens, stage=stage)
+        return y, state, loss
+
+    def attend(
+        self,
+        x: Tensor,
+        state: DSAState | None = None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        stage: str | None = None,
+    ) -> tuple[Tensor, DSAState | None, Tensor | None, Tensor]:
+        """Return ``(y, state, indices, loss)``, as `DeepSeekSparseAttention.attend`."""
+        self._check_inputs(x, state, cu_seqlens, stage)
+        start = 0 if state is None else state.kv.shape[1]
+        positions = token_positions(x.shape[1], start, cu_seqlens, x.device)
+
+        q, query_input = self._queries(x)
+        latent, k_rot = self.kv_a_proj(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
+        latent = self.kv_a_norm(latent)
+        if self.rope_dim > 0:
+            cos, sin = rope_cos_sin(positions, self.rope_dim, self.rope_theta)
+            q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
+            q = torch.cat((q_nope, apply_rope(q_rot, cos, sin, self.rope_layout)), dim=-1)
+            k_rot = apply_rope(k_rot, cos, sin, self.rope_layout)
+        kv = torch.cat((latent, k_rot), dim=-1).unsqueeze(2)
+        if state is not None:
+            kv = torch.cat((state.kv, kv), dim=1)
+        q, k, v = self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
+
+        selection = None
+        index_keys = x.new_zeros(x.shape[0], kv.shape[1], 0)
+        if self.indexer is not None:
+            # Detached: the indexer learns from its own loss only, and its loss moves nothing else.
+            q_idx, w, index_keys = self.indexer.project(x.detach(), positions, query_input=query_input.detach())
+            if state is not None:
+                index_keys = torch.cat((state.index_keys, index_keys), dim=1)
+            if stage == "sparse" or (stage is None and indices is None):
+                selection = self.indexer.select(q_idx, w, index_keys, query_start=start, cu_seqlens=cu_seqlens)
+                if indices is None:
+                    indices = self.indexer.tokens(selection, query_start=start)
+
+        if stage == "dense":
+            o = dense_attention(q, k, v, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
+        else:
+            if indices is None:
+                raise ValueError("DeepSeekSparseMLA: indices must come from an earlier layer, got None")
+            o, _ = sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend)
+        if self.form == "absorbed":
+            o = torch.einsum("bthr,hdr->bthd", o, self._expansion()[1])
+        y = self.o_proj(o.flatten(-2))
+
+        loss = torch.zeros((), device=x.device)
+        if stage is not None and self.indexer is not None:
+            loss = self.indexer.kl_loss(
+                q_idx, w, index_keys, q, k, selection, scale=self.scale, query_start=start, cu_seqlens=cu_seqlens
+            )
+        return y, DSAState(kv, index_keys.detach()) if cu_seqlens is None else None, indices, loss
+
+    def step(self, x_t: Tensor, state: DSAState, *, indices: Tensor | None = None) -> tuple[Tensor, DSAState]:
+        """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``; ``indices [B, 1, J]`` as in `forward`."""
+        y, grown, _, _ = self.attend(x_t.unsqueeze(1), state, indices=indices)
+        assert grown is not None
+        return y.squeeze(1), grown
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> DSAState:
+        """Make the empty cache of ``batch_size`` sequences, on the weights' device and in their dtype unless given."""
+        device = self.kv_a_proj.weight.device if device is None else device
+        dtype = self.kv_a_proj.weight.dtype if dtype is None else dtype
+        index_width = 0 if self.indexer is None else self.indexer.cache_width
+        return DSAState(
+            torch.zeros(batch_size, 0, 1, self.kv_lora_rank + self.rope_dim, device=device, dtype=dtype),
+            torch.zeros(batch_size, 0, index_width, device=device, dtype=dtype),
+        )
+
+    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the queries ``[B, T, H, qk_nope_head_dim + rope_dim]`` and the indexer's query input."""
+        if self.q_lora_rank is None:
+            q, query_input = self.q_proj(x), x
+        else:
+            query_input = self.q_a_norm(self.q_a_proj(x))
+            q = self.q_b_proj(query_input)
+        return q.unflatten(-1, (self.num_heads, self.qk_nope_head_dim + self.rope_dim)), query_input
+
+    def _expansion(self) -> tuple[Tensor, Tensor]:
+        """Give ``W_k [H, qk_nope_head_dim, R]`` and ``W_v [H, v_head_dim, R]``, the two halves of ``kv_b_proj``."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.qk_nope_head_dim + self.v_head_dim))
+        w_k, w_v = weight.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
+        return w_k, w_v
+
+    def _absorb(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Move ``W_k`` into the queries: one key head ``[latent | rotated]``, one value head, the latent."""
+        q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
+        q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, self._expansion()[0]), q_rot), dim=-1)
+        return q, kv, kv[..., : self.kv_lora_rank]
+
+    def _expand(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write out the keys and values of every head."""
+        latent, k_rot = kv.split((self.kv_lora_rank, self.rope_dim), dim=-1)
+        expanded = self.kv_b_proj(latent.squeeze(2)).unflatten(-1, (self.num_heads, -1))
+        k_nope, v = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
+        return q, torch.cat((k_nope, k_rot.expand(-1, -1, self.num_heads, -1)), dim=-1), v
+
+    def _check_inputs(self, x: Tensor, state: DSAState | None, cu_seqlens: Tensor | None, stage: str | None) -> None:
+        name = "DeepSeekSparseMLA"
+        check_shape(name, "x", x, (None, None, self.hidden_size), "[B, T, D]")
+        check_choice(name, "stage", stage, (None, *STAGES))
+        if state is not None:
+            width = self.kv_lora_rank + self.rope_dim
+            check_state(name, "state.kv", state.kv, (None, None, 1, width), x.shape[0])
+            index_width = 0 if self.indexer is None else self.indexer.cache_width
+            check_state(name, "state.index_keys", state.index_keys, (None, None, index_width), x.shape[0])
+        if cu_seqlens is not None:
+            check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
+            check(state is None, name, "state", "be None with cu_seqlens (packed sequences have no cache)", "a state")
