@@ -40,7 +40,7 @@ def _gated_rms_norm_backward(
     else:
         factor = sigmoid
         slope = sigmoid * (1 - sigmoid)
-    d_weight = (dy * normed * factor).flatten(0, -2).sum(0)
+    d_weight = (dy * normed * factor).reshape(-1, weight.shape[0]).sum(0)
     d_gate = dy * normed * weight_ * slope
     d_normed = dy * weight_ * factor
     # The norm removes the component along x, because y does not change when x is scaled.
