@@ -122,8 +122,10 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
         return _lowest(_fill(scores, threshold, first, last, topk), topk)
     rows = (count != topk).nonzero()[:, 0]
     if rows.numel() > 0:
-        keep[rows] = _fill(scores[rows], threshold[rows], first[rows], last[rows], topk)
-        if bool((last - first < topk).any()):
+        exact = _fill(scores[rows], threshold[rows], first[rows], last[rows], topk)
+        keep[rows] = exact
+        # Rows that see too few columns, or hold NaN, do not fill their slots.
+        if bool((exact.sum(-1) != topk).any()):
             return _lowest(keep, topk)
     return keep.nonzero()[:, 1].view(-1, topk)
 

@@ -49,7 +49,9 @@ def pool_index_keys(k_idx: Tensor, gate: Tensor, ape: Tensor, kpool: int) -> Ten
         check_dtype(op, name, tensor, FLOATING)
     dtype = torch.float64 if k_idx.dtype == torch.float64 else torch.float32
     num_pools = k_idx.shape[1] // kpool
-    keys, logits = (x[:, : num_pools * kpool].to(dtype).unflatten(1, (num_pools, kpool)) for x in (k_idx, gate))
+    # Not a slice: whether that is contiguous depends on S % kpool, and a graph would be bound to one of the two cases.
+    token = torch.arange(num_pools * kpool, device=k_idx.device)
+    keys, logits = (x.index_select(1, token).to(dtype).unflatten(1, (num_pools, kpool)) for x in (k_idx, gate))
     weights = (logits + ape.to(dtype)).softmax(dim=2)
     return (weights * keys).sum(2).to(k_idx.dtype)
 
