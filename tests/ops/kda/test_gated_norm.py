@@ -128,8 +128,8 @@ def test_one_graph_for_several_lengths(fresh_dynamo: None) -> None:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
-    # Inside a lambda eps is a constant; as an argument of the compiled function it would be a symbol first, then fixed.
-    compiled = torch.compile(lambda *a: gated_rms_norm(*a), fullgraph=True, backend=count, dynamic=True)
+    # A literal eps is a constant of the graph; dynamic=True traces a default once as a symbol and then once more.
+    compiled = torch.compile(lambda *a: gated_rms_norm(*a, eps=1e-6), fullgraph=True, backend=count, dynamic=True)
     for length in (9, 17, 33):
         inputs = make(2, length, 8, dtype=torch.float32)
         got = outputs_and_gradients(compiled, inputs)
