@@ -220,7 +220,8 @@ def check_visibility(
         return
     check(kpool == 1, op, "kpool", "be 1 with cu_seqlens (pools would straddle the sequences)", kpool)
     check(query_start == 0, op, "query_start", "be 0 with cu_seqlens", query_start)
-    check(num_keys == num_queries, op, "k_idx", f"have S = T = {num_queries} with cu_seqlens", f"S = {num_keys}")
+    if num_keys != num_queries:  # formatted only on failure: formatting a symbolic size fixes it in a compiled graph
+        raise ValueError(f"{op}: k_idx must have S = T = {num_queries} with cu_seqlens, got S = {num_keys}")
     check_cu_seqlens(op, cu_seqlens, batch_size, num_queries)
 
 
