@@ -38,9 +38,10 @@ def chunk_scan(
             # Outputs of a scan body may not alias one another or an input.
             return tuple(t.clone() for t in (state, *ys))
 
-        # The carry goes in as a copy of its own: a scan may not alias its inputs either.
+        # The carry goes in as a copy of its own: a scan may not alias its inputs either. Slices of dense tensors are views;
+        # a tensor with gaps would be copied whole, once per slice, by the loop that a scan is lowered to.
         symbols = tuple(s for s in sizes if isinstance(s, torch.SymInt))
-        last, *stacked = scan_op(combine, [carry.clone()], list(xs), symbols)
+        last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], symbols)
         return last, tuple(stacked)
 
     outputs: list[tuple[Tensor, ...]] = []
@@ -48,6 +49,10 @@ def chunk_scan(
         carry, ys = step(carry, tuple(x[i] for x in xs))
         outputs.append(ys)
     return carry, tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_plain(tensor: Tensor) -> bool:

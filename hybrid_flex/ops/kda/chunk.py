@@ -4,7 +4,7 @@ Per sequence and value head, with ``D_ij = exp(g_{j+1} + ... + g_i)`` per key ch
 through row i, ``E`` = decay after row i to the chunk's end, ``S`` the state before the chunk and ``s`` the scale:
 
     Aqk_ij = s <q_i, D_ij k_j>       i >= j                  L_ij = beta_i <k_i, D_ij k_j>   i > j
-    A      = (I + L)^-1              u = A (beta v)          w = A (beta P k)
+    (I + L) u = beta v               (I + L) w = beta P k
     v_new  = u - w S                 o = s (P q) S + Aqk v_new
     S'     = Diag(P_last) S + (E k)^T v_new
 
@@ -19,35 +19,39 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_flex.checks import check_choice
 from hybrid_flex.ops.chunk_scan import chunk_scan
 
-from .decay import Decay, decay_tree, decay_tree_backward, join, pairs
+from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
 from .inputs import Active, Raw, accumulation_dtype, activate, activate_backward, check_inputs, initial_state_or_zeros
+from .intra import intra_chunk, intra_chunk_backward
 from .layout import Packing, pack, to_chunks, to_tokens
 
 CHUNK_SIZES = (16, 32, 64)
 
 
 class _Chunks(NamedTuple):
-    """Chunk quantities of the equations above, each ``[M, ...]`` over the M = NC * B * HV chunks of all heads."""
+    """Chunk quantities of the equations above, each ``[M, C, ...]`` over the M = NC * B * HV chunks of all heads."""
 
     q: Tensor
+    """Scaled queries."""
     k: Tensor
     v: Tensor
     beta: Tensor
+    k_beta: Tensor
     decay: Decay
     Aqk: Tensor
-    A: Tensor
+    triangle: Tensor
+    """L with zeros on and above the diagonal; the solves take the unit diagonal for granted."""
     u: Tensor
     w: Tensor
     q_from_start: Tensor
     k_from_start: Tensor
     k_to_end: Tensor
     total: Tensor
+    """Decay over the whole chunk, [M, K, 1]."""
 
 
 def chunk_kda(
@@ -271,50 +275,21 @@ def _prepare(x: Active, scale: float, chunk_size: int, packing: Packing | None) 
     """Compute, for all chunks at once, everything that does not need the state."""
     chunked = (to_chunks(t, chunk_size, packing).flatten(0, 1) for t in (*x[:4], x.beta[..., None]))
     q, k, v, g, beta = chunked
+    q, k_beta = q * scale, beta * k
     decay = decay_tree(g)
-    Aqk, A = _intra_chunk(q, k, beta, decay, scale)
-    q_from_start = q * decay.from_start * scale
-    k_from_start = k * decay.from_start * beta
-    k_to_end = k * decay.to_end
-    u, w = torch.bmm(A, beta * v), torch.bmm(A, k_from_start)
+    Aqk, L = intra_chunk(q, k, k_beta, decay)
+    k_from_start = k_beta * decay.from_start
+    solution = _solve(L, torch.cat((beta * v, k_from_start), -1), transposed=False)
+    u, w = solution.split((v.shape[-1], k.shape[-1]), -1)
     total = decay.from_start[:, -1, :, None]
-    return _Chunks(q, k, v, beta, decay, Aqk, A, u, w, q_from_start, k_from_start, k_to_end, total)
+    inter = (q * decay.from_start, k_from_start, k * decay.to_end, total)
+    return _Chunks(q, k, v, beta, k_beta, decay, Aqk, L, u, w, *inter)
 
 
-def _intra_chunk(q: Tensor, k: Tensor, beta: Tensor, decay: Decay, scale: float) -> tuple[Tensor, Tensor]:
-    """Compute ``Aqk`` and ``A = (I + L)^-1``, each ``[M, C, C]``, by merging diagonal blocks of 1, 2, 4, ... rows.
-
-    # NOTE [Inverse by merging]
-    The inverse of a unit lower triangle [[I + L1, 0], [X, I + L2]] is [[A1, 0], [-A2 X A1, A2]], so the inverse of every
-    chunk grows along the decay tree together with Aqk: one pass over the levels makes both.
-    """
-    Aqk = (scale * (q * k).sum(-1))[..., None, None]
-    A = torch.ones_like(Aqk)
-    for level, (row_decay, column_decay) in enumerate(decay.levels):
-        m = 2**level
-        rows, columns = _level_operands(q, k, beta, row_decay, column_decay, m)
-        cross = rows @ columns.mT
-        cross_qk, X = scale * cross[:, :, :m], cross[:, :, m:]
-        (A1, A2), (Aqk1, Aqk2) = pairs(A, 1), pairs(Aqk, 1)
-        A1, A2, Aqk1, Aqk2 = (t.squeeze(2) for t in (A1, A2, Aqk1, Aqk2))
-        A = _merge(A1, -(A2 @ (X @ A1)), A2)
-        Aqk = _merge(Aqk1, cross_qk, Aqk2)
-    return Aqk.squeeze(1), A.squeeze(1)
-
-
-def _level_operands(
-    q: Tensor, k: Tensor, beta: Tensor, row_decay: Tensor, column_decay: Tensor, m: int
-) -> tuple[Tensor, Tensor]:
-    """Return decayed ``[q; beta k]`` of the right blocks ``[M, n, 2m, K]`` and decayed k of the left ones ``[M, n, m, K]``."""
-    k_left, k_right = pairs(k, m)
-    rows = torch.cat((pairs(q, m)[1] * row_decay, pairs(beta, m)[1] * k_right * row_decay), 2)
-    return rows, k_left * column_decay
-
-
-def _merge(upper: Tensor, cross: Tensor, lower: Tensor) -> Tensor:
-    """Return the block matrices [[upper, 0], [cross, lower]]."""
-    m = cross.shape[-1]
-    return torch.cat((F.pad(upper, (0, m)), torch.cat((cross, lower), -1)), -2)
+def _solve(L: Tensor, right: Tensor, transposed: bool) -> Tensor:
+    """Solve ``(I + L) x = right``, or ``(I + L)^T x = right``, by substitution; L ``[M, C, C]``, right ``[M, C, X]``."""
+    matrix = L.mT if transposed else L
+    return torch.linalg.solve_triangular(matrix, right, upper=transposed, unitriangular=True)
 
 
 def _final_layout(state: Tensor, state_v_first: bool) -> Tensor:
@@ -394,56 +369,28 @@ def _scan_states_backward(
 def _prepare_backward(
     x: _Chunks, S: Tensor, v_new: Tensor, dO: Tensor, dS: Tensor, d_v_new: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of the chunked q, k, v, g and beta, each ``[M, C, ...]``."""
-    from_start, to_end = x.decay.from_start, x.decay.to_end
-    d_Aqk = torch.bmm(dO, v_new.mT)  # only its lower triangle is read
-    d_w = -torch.bmm(d_v_new, S.mT)
-    d_A = torch.bmm(d_v_new, (x.beta * x.v).mT) + torch.bmm(d_w, x.k_from_start.mT)
-    # Entries of d_A above the diagonal only reach entries of d_L there, which nobody reads.
-    d_L = -torch.bmm(torch.bmm(x.A.mT, d_A), x.A.mT)
-    d_beta_v, d_k_from_start = torch.bmm(x.A.mT, d_v_new), torch.bmm(x.A.mT, d_w)
+    """Compute the gradients of the chunked q, k, v, g and beta, each ``[M, C, ...]``.
+
+    With ``X = (I + L)^-1 Y`` the gradients are ``dY = (I + L)^-T dX`` and ``dL = -dY X^T``; here ``X = [u, w]``,
+    ``dX = [d_v_new, -d_v_new S^T]`` and ``Y = [beta v, P beta k]``.
+    """
+    V = x.v.shape[-1]
+    d_solution = torch.cat((d_v_new, -torch.bmm(d_v_new, S.mT)), -1)
+    d_right = _solve(x.triangle, d_solution, transposed=True)
+    d_v_beta, d_k_from_start = d_right[..., :V], d_right[..., V:]
+    d_L = -(torch.bmm(d_v_beta, x.u.mT) + torch.bmm(d_k_from_start, x.w.mT))
+    d_Aqk = torch.bmm(dO, v_new.mT)
     d_q_from_start, d_k_to_end = torch.bmm(dO, S.mT), torch.bmm(v_new, dS.mT)
+    intra = intra_chunk_backward(x.q, x.k, x.k_beta, x.decay, d_Aqk, d_L)
+    dq, dk, dk_beta, d_tile, d_levels = intra
 
-    dq = d_q_from_start * from_start * scale
-    dk = d_k_to_end * to_end + d_k_from_start * from_start * x.beta
-    dv = d_beta_v * x.beta
-    d_beta = (d_beta_v * x.v).sum(-1, keepdim=True) + (d_k_from_start * x.k * from_start).sum(-1, keepdim=True)
+    from_start, to_end = x.decay.from_start, x.decay.to_end
+    dq = dq + d_q_from_start * from_start
+    dk_beta = dk_beta + d_k_from_start * from_start
+    dk = dk + d_k_to_end * to_end + dk_beta * x.beta
+    d_beta = (d_v_beta * x.v).sum(-1, keepdim=True) + (dk_beta * x.k).sum(-1, keepdim=True)
     d_prefix = d_q_from_start * x.q_from_start + d_k_from_start * x.k_from_start
-    d_total = (x.total * S * dS).sum(-1)  # the chunk's whole decay is the prefix of its last row
+    d_total = (x.total * S * dS).sum(-1)  # the exponent of the whole chunk's decay is the prefix of its last row
     d_prefix = torch.cat((d_prefix[:, :-1], d_prefix[:, -1:] + d_total[:, None]), 1)
-
-    dq_intra, dk_intra, d_beta_intra, d_levels = _intra_chunk_backward(x, d_Aqk, d_L, scale)
-    dg = decay_tree_backward(d_levels, d_prefix, d_k_to_end * x.k_to_end)
-    return dq + dq_intra, dk + dk_intra, dv, dg, d_beta + d_beta_intra
-
-
-def _intra_chunk_backward(
-    x: _Chunks, d_Aqk: Tensor, d_L: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Send the gradients of Aqk and L back through every level of the decay tree; see `_intra_chunk`."""
-    diagonal = scale * d_Aqk.diagonal(dim1=-2, dim2=-1)[..., None]
-    dq, dk, d_beta = diagonal * x.k, diagonal * x.q, torch.zeros_like(x.beta)
-    d_levels = []
-    for level, (row_decay, column_decay) in enumerate(x.decay.levels):
-        m = 2**level
-        rows, columns = _level_operands(x.q, x.k, x.beta, row_decay, column_decay, m)
-        d_cross = torch.cat((scale * _cross_blocks(d_Aqk, m), _cross_blocks(d_L, m)), 2)
-        d_rows, d_columns = d_cross @ columns, d_cross.mT @ rows
-        (dq_rows, dk_rows), beta = (d_rows[:, :, :m], d_rows[:, :, m:]), pairs(x.beta, m)[1]
-        k_right = pairs(x.k, m)[1]
-        zeros = torch.zeros_like(d_columns)
-        dq = dq + join(zeros, dq_rows * row_decay)
-        dk = dk + join(d_columns * column_decay, dk_rows * row_decay * beta)
-        d_beta_right = (dk_rows * k_right * row_decay).sum(-1, keepdim=True)
-        d_beta = d_beta + join(torch.zeros_like(d_beta_right), d_beta_right)
-        d_row_prefix = dq_rows * rows[:, :, :m] + dk_rows * rows[:, :, m:]
-        d_levels.append((d_row_prefix, d_columns * columns))
-    return dq, dk, d_beta, d_levels
-
-
-def _cross_blocks(x: Tensor, m: int) -> Tensor:
-    """Return the blocks of ``[M, C, C]`` whose rows lie in a right block and columns in its left neighbour, [M, n, m, m]."""
-    n = x.shape[-1] // (2 * m)
-    blocks = x.unflatten(1, (n, 2, m))[:, :, 1].unflatten(-1, (n, 2, m))[..., 0, :]
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-
+    dg = decay_tree_backward(DecayGrads(d_tile, d_levels, d_prefix, d_k_to_end * x.k_to_end))
+    return dq * scale, dk, d_v_beta * x.beta, dg, d_beta

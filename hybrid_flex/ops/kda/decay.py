@@ -11,10 +11,14 @@ and j in the left one, the boundary between them lies inside the sum, so
                                             suffix_j = sum of g after j to the end of the left block,
 
 and with g <= 0 both factors lie in [0, 1]: no overflow, no clamping, and underflow only where D_ij itself underflows.  Every
-pair i > j meets at exactly one level, the log2(C) levels cover the strict lower triangle, and each level is one batched
-matrix product.  The sums are built level by level from g itself, never as a difference of two long cumulative sums, so a
-reset (g = -1000) costs its neighbours no digits.  Nothing looks past row i: causality holds bit for bit.
-The triangular inverse of the WY form merges along the same tree, see NOTE [Inverse by merging] in chunk.py.
+pair i > j meets at exactly one level, and the log2(C) levels cover the strict lower triangle.  The sums are built from g
+itself, never as a difference of two long cumulative sums, so a reset (g = -1000) costs its neighbours no digits.  Nothing
+looks past row i: causality holds bit for bit.
+
+The levels m = 1, 2, 4, 8 lie inside tiles of 16 rows and are taken together: one product of a constant 0/1 matrix with g
+makes their sums, one batched product per side makes their pairs, a mask keeps each pair at its level.  Taken one by one
+they would be products too small to be fast and, compiled, three times as many kernels.  The levels m = 16 and 32 above
+them are taken one after another.
 """
 
 from __future__ import annotations
@@ -24,16 +28,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TILE_SIZE = 16
+TILE_LEVELS = 4
+"""Number of levels m = 1, 2, 4, 8 inside a tile."""
+
 
 class Decay(NamedTuple):
-    """Decay factors of chunks ``[M, C, K]``."""
+    """Decay factors of M chunks of C rows, which are M * C / 16 tiles."""
 
+    tile: Tensor
+    """Factor of each row at levels m = 1, 2, 4, 8: exp(prefix) in right blocks, exp(suffix) in left ones, [M', 4, 16, K]."""
     levels: list[tuple[Tensor, Tensor]]
-    """For m = 1, 2, ..., C / 2: (exp(prefix) of the right blocks, exp(suffix) of the left blocks), each [M, C/2m, m, K]."""
+    """For m = 16, 32, ..., C / 2: (exp(prefix) of the right blocks, exp(suffix) of the left blocks), each [M, C/2m, m, K]."""
     from_start: Tensor
     """exp(g_1 + ... + g_i): from the chunk's start up to and with row i, [M, C, K]."""
     to_end: Tensor
     """exp(g_{i+1} + ... + g_C): from row i to the chunk's end, [M, C, K]."""
+
+
+class DecayGrads(NamedTuple):
+    """Gradients of the exponents of a `Decay`, in its shapes."""
+
+    tile: Tensor
+    levels: list[tuple[Tensor, Tensor]]
+    prefix: Tensor
+    suffix: Tensor
 
 
 def pairs(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -47,12 +66,25 @@ def join(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack((left, right), 2).flatten(1, 3)
 
 
+def tiles(x: Tensor) -> Tensor:
+    """Cut chunks ``[M, C, X]`` into tiles ``[M * C / 16, 16, X]``."""
+    return x.reshape(-1, TILE_SIZE, x.shape[-1])
+
+
+def tile_masks(like: Tensor) -> Tensor:
+    """Return, per level, which pairs (i, j) of a tile meet there: i in a right block, j in its left neighbour, [4, 16, 16]."""
+    m, i, j = _level_rows_columns(like)
+    same_pair = i // (2 * m) == j // (2 * m)
+    return (same_pair & (i % (2 * m) >= m) & (j % (2 * m) < m)).to(like.dtype)
+
+
 def decay_tree(g: Tensor) -> Decay:
-    """Compute every decay factor of chunks of log decays ``g [M, C, K]``, C a power of two."""
+    """Compute every decay factor of chunks of log decays ``g [M, C, K]``, with C 16, 32 or 64."""
     chunk_size = g.shape[1]
-    prefix, suffix = g, torch.zeros_like(g)
+    sums = (_tile_sums(g) @ tiles(g)).unflatten(1, (TILE_LEVELS + 2, TILE_SIZE))
+    prefix, suffix = sums[:, TILE_LEVELS].reshape(g.shape), sums[:, TILE_LEVELS + 1].reshape(g.shape)
     levels = []
-    m = 1
+    m = TILE_SIZE
     while m < chunk_size:
         prefix_left, prefix_right = pairs(prefix, m)
         suffix_left, suffix_right = pairs(suffix, m)
@@ -61,28 +93,40 @@ def decay_tree(g: Tensor) -> Decay:
         prefix = join(prefix_left, prefix_right + left_total)
         suffix = join(suffix_left + right_total, suffix_right)
         m *= 2
-    return Decay(levels, prefix.exp(), suffix.exp())
+    return Decay(sums[:, :TILE_LEVELS].exp(), levels, prefix.exp(), suffix.exp())
 
 
-def decay_tree_backward(d_levels: list[tuple[Tensor, Tensor]], d_prefix: Tensor, d_suffix: Tensor) -> Tensor:
-    """Gather the gradients of all prefix and suffix sums into the gradient of g, by walking the tree from the top.
-
-    Args:
-        d_levels: for m = 1, 2, ...: gradients of (prefix of the right blocks, suffix of the left blocks).
-        d_prefix: gradient of the chunk-wide prefix sums ``[M, C, K]``.
-        d_suffix: gradient of the chunk-wide suffix sums ``[M, C, K]``.
-    """
-    m = d_prefix.shape[1] // 2
-    for d_right, d_left in reversed(d_levels):
+def decay_tree_backward(grads: DecayGrads) -> Tensor:
+    """Gather the gradients of all prefix and suffix sums into the gradient of g, by walking the tree from the top."""
+    d_prefix, d_suffix = grads.prefix, grads.suffix
+    shape, m = d_prefix.shape, d_prefix.shape[1] // 2
+    for d_right, d_left in reversed(grads.levels):
         prefix_left, prefix_right = pairs(d_prefix, m)
         suffix_left, suffix_right = pairs(d_suffix, m)
-        # prefix of the right half contains the left block's total, which is the left prefix's last row; mirrored for suffix.
-        d_left_total = prefix_right.sum(2, keepdim=True)
-        d_right_total = suffix_left.sum(2, keepdim=True)
-        prefix_left = torch.cat((prefix_left[:, :, :-1], prefix_left[:, :, -1:] + d_left_total), 2)
-        prefix_right = prefix_right + d_right
-        prefix_right = torch.cat((prefix_right[:, :, :-1], prefix_right[:, :, -1:] + d_right_total), 2)
+        # The right half's prefix contains the left block's total, its prefix's last row; mirrored for the left half's suffix.
+        prefix_left = _add_to_last_row(prefix_left, prefix_right.sum(2, keepdim=True))
+        prefix_right = _add_to_last_row(prefix_right + d_right, suffix_left.sum(2, keepdim=True))
         d_prefix = join(prefix_left, prefix_right)
         d_suffix = join(suffix_left + d_left, suffix_right)
         m //= 2
-    return d_prefix
+    d_sums = torch.cat((grads.tile, tiles(d_prefix)[:, None], tiles(d_suffix)[:, None]), 1).flatten(1, 2)
+    return (_tile_sums(d_prefix).mT @ d_sums).reshape(shape)
+
+
+def _add_to_last_row(x: Tensor, row: Tensor) -> Tensor:
+    return torch.cat((x[:, :, :-1], x[:, :, -1:] + row), 2)
+
+
+def _tile_sums(like: Tensor) -> Tensor:
+    """Return the 0/1 matrix ``[(4 + 2) * 16, 16]`` that sums a tile's g: per level, then prefix (inclusive), then suffix."""
+    m, i, j = _level_rows_columns(like)
+    start_of_right = i // m * m
+    end_of_left = start_of_right + m - 1
+    level = torch.where(i % (2 * m) >= m, (start_of_right <= j) & (j <= i), (i < j) & (j <= end_of_left))
+    return torch.cat((level, (j <= i)[None], (i < j)[None])).to(like.dtype).flatten(0, 1)
+
+
+def _level_rows_columns(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.arange(TILE_SIZE, device=like.device)
+    m = 2 ** torch.arange(TILE_LEVELS, device=like.device)
+    return m[:, None, None], rows[:, None], rows
