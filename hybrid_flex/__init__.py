@@ -6,7 +6,7 @@ selected tokens.  Tensors are token-major, ``[B, T, H, K]``.  Importing this pac
 ``hybrid_flex::`` operator.
 """
 
-from hybrid_flex import ops
+from hybrid_flex import export, ops, profiling
 from hybrid_flex.layers import (
     CausalAttention,
     DeepSeekSparseAttention,
@@ -36,5 +36,7 @@ __all__ = [
     "LightningIndexer",
     "ParallelHybrid",
     "SequentialHybrid",
+    "export",
     "ops",
+    "profiling",
 ]
