@@ -1,5 +1,18 @@
 """Operators: importing this package registers every ``hybrid_flex::`` operator with torch.library."""
 
+from .dsa import (
+    RopeLayout,
+    apply_rope,
+    block_topk_mask,
+    expand_pools,
+    indexer_kl_loss,
+    lightning_scores,
+    lightning_topk,
+    pool_index_keys,
+    rope_cos_sin,
+    sparse_attention,
+    topk_block_mask,
+)
 from .kda import (
     chunk_kda,
     fused_recurrent_kda,
@@ -11,11 +24,22 @@ from .kda import (
 )
 
 __all__ = [
+    "RopeLayout",
+    "apply_rope",
+    "block_topk_mask",
     "chunk_kda",
+    "expand_pools",
     "fused_recurrent_kda",
     "gated_rms_norm",
+    "indexer_kl_loss",
     "kda_gate",
     "kda_reference",
     "kda_step",
+    "lightning_scores",
+    "lightning_topk",
+    "pool_index_keys",
+    "rope_cos_sin",
     "short_conv",
+    "sparse_attention",
+    "topk_block_mask",
 ]
