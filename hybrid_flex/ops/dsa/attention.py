@@ -296,9 +296,9 @@ def check_attention(op: str, q: Tensor, k: Tensor) -> None:
     check(
         num_kv_heads > 0 and num_heads % num_kv_heads == 0,
         op,
-        "q",
-        f"have a number of heads H that is a multiple of Hkv = {num_kv_heads}",
-        num_heads,
+        "q and k",
+        "have H a multiple of Hkv",
+        (num_heads, num_kv_heads),
     )
     check_dtype(op, "q", q, FLOATING)
     check_dtype(op, "k", k, (q.dtype,))

@@ -177,14 +177,15 @@ def block_topk_mask(
         (2, 1, 300, 300)
     """
     op = "block_topk_mask"
-    check(scores.dim() in (3, 4), op, "scores", "be [B, nQ, nKV] or [B, H, nQ, nKV]", f"shape {tuple(scores.shape)}")
+    check(scores.dim() in (3, 4), op, "scores", "have shape [B, nQ, nKV] or [B, H, nQ, nKV]", tuple(scores.shape))
     check_dtype(op, "scores", scores, FLOATING)
     check(topk_blocks >= 1, op, "topk_blocks", "be at least 1", topk_blocks)
     check(query_start >= 0, op, "query_start", "be at least 0", query_start)
     _check_block_size(op, block_size)
     want = (_ceil_div(q_len, block_size), _ceil_div(kv_len, block_size))
-    got = tuple(scores.shape[-2:])
-    check(got[0] == want[0] and got[1] == want[1], op, "scores", f"have {want} blocks", f"shape {tuple(scores.shape)}")
+    got = (scores.shape[-2], scores.shape[-1])
+    rule = "have ceil(q_len / block_size) rows and ceil(kv_len / block_size) columns"
+    check(got[0] == want[0] and got[1] == want[1], op, "scores", rule, got)
     scores = (scores[:, None] if scores.dim() == 3 else scores).detach()
     member, *lists = torch.ops.hybrid_flex.select_blocks(
         scores, topk_blocks, q_len, kv_len, block_size, causal, query_start

@@ -336,8 +336,9 @@ def indexer_kl_loss(
     batch_size, num_queries, num_keys = q_idx.shape[0], q_idx.shape[1], k_idx.shape[1]
     check_shape(op, "q", q, (batch_size, num_queries, None, None), "[B, T, H, D]")
     check_visibility(op, num_queries, num_keys, batch_size, query_start, cu_seqlens, kpool)
-    want = k.shape[1] // kpool
-    check(num_keys == want, op, "k_idx", f"have S // kpool = {want} keys, like k", f"shape {tuple(k_idx.shape)}")
+    # No f-string here: formatting a dynamic size would bind the graph to its value.
+    rule = "have S // kpool keys, (keys, S, kpool) given"
+    check(num_keys == k.shape[1] // kpool, op, "k_idx", rule, (num_keys, k.shape[1], kpool))
     if indices is not None:
         check_shape(op, "indices", indices, (batch_size, num_queries, None), "[B, T, J]")
         check_dtype(op, "indices", indices, INTEGER)

@@ -85,10 +85,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout | str = R
     check_choice(_OP, "layout", layout, tuple(RopeLayout))
     if layout == RopeLayout.NONE:
         return x
-    check(x.dim() in (3, 4), _OP, "x", "be [B, T, E] or [B, T, H, E]", f"shape {tuple(x.shape)}")
+    check(x.dim() in (3, 4), _OP, "x", "have shape [B, T, E] or [B, T, H, E]", tuple(x.shape))
     check_rank(_OP, "cos", cos, "[B, T, R / 2]" if cos.dim() == 3 else "[T, R / 2]")
     half = cos.shape[-1]
-    check(x.shape[-1] >= 2 * half, _OP, "x", f"have at least R = {2 * half} channels", f"shape {tuple(x.shape)}")
+    check(x.shape[-1] >= 2 * half, _OP, "x", "have at least R channels, (channels, R) given", (x.shape[-1], 2 * half))
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dim() == 4:
         cos, sin = cos[..., None, :], sin[..., None, :]

@@ -95,7 +95,7 @@ def test_errors() -> None:
         rope_cos_sin(torch.arange(2), 7)
     with pytest.raises(ValueError, match=r"apply_rope: layout must be one of .*, got 'neox'"):
         apply_rope(torch.randn(1, 2, 8), cos, sin, "neox")
-    with pytest.raises(ValueError, match=r"apply_rope: x must have at least R = 8 channels"):
+    with pytest.raises(ValueError, match=r"apply_rope: x must have at least R channels, \(channels, R\) given, got \(6, 8\)"):
         apply_rope(torch.randn(1, 2, 6), cos, sin)
-    with pytest.raises(ValueError, match=r"apply_rope: x must be \[B, T, E\] or"):
+    with pytest.raises(ValueError, match=r"apply_rope: x must have shape \[B, T, E\] or"):
         apply_rope(torch.randn(2, 8), cos, sin)
