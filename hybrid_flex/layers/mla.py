@@ -26,7 +26,7 @@ class DeepSeekSparseMLA(nn.Module):
     With ``W_kvb`` split into ``W_k`` and ``W_v`` and the optional rotated parts ``q_r, k_r``::
 
         expanded:  k_s = [W_k c_s | k_r_s], v_s = W_v c_s           o_t = softmax_{s in S_t}(scale q_t . k_s) v_s
-        absorbed:  q'_t = [W_k^T q_t | q_r_t], k'_s = [c_s | k_r_s]   o_t = W_v softmax_{s in S_t}(scale q'_t . k'_s) c_s
+        absorbed:  q'_t = [W_k^T q_t | q_r_t], k'_s = [c_s | k_r_s]  o_t = W_v softmax_{s in S_t}(scale q'_t . k'_s) c_s
 
     Both are the same function; the absorbed form has one key/value head, reads the cache as it is, and is what
     the sparse operator likes best.  ``scale = (qk_nope_head_dim + rope_dim)^-0.5`` in both.

@@ -240,7 +240,9 @@ class LayerWiseHybrid(nn.Module):
         self._check_state(state)
         states: list[LayerState | None] = []
         indices, loss = None, torch.zeros((), device=x.device)
-        recompute = self.config.checkpoint_activations and self.training and torch.is_grad_enabled()
+        # An exported program has no way to say "recompute"; it keeps what its own training loop decides.
+        wanted = self.config.checkpoint_activations and not torch.compiler.is_exporting()
+        recompute = wanted and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             arguments = (x, None if state is None else state[i], cu_seqlens, indices, stage)
             if recompute:
