@@ -1,13 +1,15 @@
 """Attention over a selection: every query attends the keys its row of ``indices`` names, and no others.
 
-    s_tj = scale q_t . k_{i_tj}        p_t = softmax_j(s_t)        o_t = sum_j p_tj v_{i_tj}        lse_t = log sum_j exp s_tj
+    s_tj = scale q_t . k_{i_tj}        p_t = softmax_j(s_t)        lse_t = log sum_j exp s_tj
+    o_t  = sum_j p_tj v_{i_tj}
 
 and backward, with delta_t = do_t . o_t - dlse_t:
 
-    ds_tj = p_tj (do_t . v_{i_tj} - delta_t)    dq_t = scale sum_j ds_tj k_{i_tj}    dk_s, dv_s = sums over all t, j: i_tj = s
+    ds_tj = p_tj (do_t . v_{i_tj} - delta_t)        dq_t = scale sum_j ds_tj k_{i_tj}
+    dk_s  = scale sum_{t, j: i_tj = s} ds_tj q_t    dv_s = sum_{t, j: i_tj = s} p_tj do_t
 
-The gather form walks over blocks of queries, fetches the selected rows of k and v, and forgets them: its workspace does not
-grow with T or S.
+The gather form walks over blocks of queries, fetches the selected rows of k and v, and forgets them: its workspace does
+not grow with T or S.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from hybrid_flex.checks import (
 from hybrid_flex.ops.dsa.indexer import accumulate_dtype
 from hybrid_flex.ops.dsa.reference import reference_attention
 
-# NOTE [Gather workspace]: bytes of fetched rows that one block of queries may hold.  4 MiB stay in the caches of a core: at
-# J = 256 and 576 float32 columns 8 queries cost 85 us each on one Zen 5 core, 16 queries 130 us, 32 queries 160 us.
+# NOTE [Gather workspace]: bytes of fetched rows that one block of queries may hold.  4 MiB stay in the caches of a
+# core: at J = 256 and 576 float32 columns 8 queries cost 85 us each on one Zen 5 core, 16 queries 130 us, 32 queries
+# 160 us.
 WORKSPACE_BYTES = 4 * 2**20
 
 
@@ -78,7 +81,7 @@ def _cache_rows(k: Tensor, v: Tensor) -> tuple[_Rows, _Rows, bool]:
         end = max(k.storage_offset() + _span(k), v.storage_offset() + _span(v))
         if end - begin <= k.stride(0):
             table = k.as_strided((k.shape[0], end - begin), (k.stride(0), 1), begin)
-            rows = [_Rows(table, x.storage_offset() - begin, x.stride(1), x.shape[1], x.shape[2]) for x in (k, v)]
+            rows = [_Rows(table, int(x.storage_offset() - begin), x.stride(1), x.shape[1], x.shape[2]) for x in (k, v)]
             return rows[0], rows[1], True
     return _as_rows(k), _as_rows(v), False
 
@@ -157,7 +160,7 @@ def _backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch_size, num_queries, num_heads, width = q.shape
+    batch_size, _, num_heads, width = q.shape
     num_keys, num_kv_heads, value_width = v.shape[1:]
     heads = (num_kv_heads, num_heads // num_kv_heads)
     dtype = accumulate_dtype(q)
@@ -187,7 +190,7 @@ def _backward(
 
 
 def _scatter_rows(grad: Tensor, slots: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right``, ``[b, Hkv, G, J], [b, Hkv, G, D] -> [b, J, Hkv * D]``, to the rows ``slots`` of ``grad``."""
+    """Add ``left^T right``, from ``[b, Hkv, G, J]`` and ``[b, Hkv, G, D]``, to the rows ``slots`` of ``grad``."""
     rows = _multiply(left.transpose(2, 3), right).transpose(1, 2).flatten(2).flatten(0, 1)
     # Unused slots carry zeros, so it does not matter that they name row 0.
     grad.scatter_add_(0, slots.clamp_min(0).flatten().long()[:, None].expand_as(rows), rows)
@@ -218,9 +221,8 @@ def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> 
 def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     """Call the backward operator; shared by the operators that return (o, lse)."""
     q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    grads = torch.ops.hybrid_flex.sparse_attention_backward(
-        do, dlse, q, k, v, indices, o, lse, ctx.scale  # type: ignore[attr-defined]
-    )
+    scale = ctx.scale  # type: ignore[attr-defined]
+    grads = torch.ops.hybrid_flex.sparse_attention_backward(*(do, dlse, q, k, v, indices, o, lse), scale)
     return *grads, None, None
 
 
@@ -238,23 +240,23 @@ def sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query over the keys its row of ``indices`` names.
 
-    ``o_t = sum_j softmax_j(scale q_t . k_{i_tj}) v_{i_tj}``; ``lse_t = log sum_j exp(scale q_t . k_{i_tj})``.  The indices
-    carry everything: causality, packing, position of the queries.
+    ``o_t = sum_j softmax_j(scale q_t . k_{i_tj}) v_{i_tj}``; ``lse_t = log sum_j exp(scale q_t . k_{i_tj})``.  The
+    indices carry everything: causality, packing, position of the queries.
 
     Args:
         q: ``[B, T, H, D]``; bfloat16, float16, float32 or float64.
         k: ``[B, S, Hkv, D]``, q's dtype, any strides; query head h reads key head ``h // (H // Hkv)``.
         v: ``[B, S, Hkv, Dv]``, q's dtype, any strides; a view of k's first columns (MLA) is fetched only once.
-        indices: int32 or int64 ``[B, T, J]``: positions in [0, S), each at most once in a row, -1 in unused slots at the
-            END; of more than S columns only the first S are read.
+        indices: int32 or int64 ``[B, T, J]``: positions in [0, S), each at most once in a row, -1 in unused slots at
+            the END; of more than S columns only the first S are read.
         scale: factor of the logits; default ``D ** -0.5``.
         backend: ``"gather"`` (streams over blocks of queries; workspace independent of T; exact and differentiable),
             ``"flex"`` (FlexAttention over a BlockMask; not float64), ``"reference"`` (dense, for tests), or ``"auto"``,
             which is ``"gather"``.
 
     Returns:
-        ``o [B, T, H, Dv]`` in q's dtype, and ``lse [B, T, H]``, natural logarithm, float32 (float64 for float64 inputs).  A
-        row without keys has o = 0 and lse = -inf.  Both are differentiable in q, k and v.
+        ``o [B, T, H, Dv]`` in q's dtype, and ``lse [B, T, H]``, natural logarithm, float32 (float64 for float64
+        inputs).  A row without keys has o = 0 and lse = -inf.  Both are differentiable in q, k and v.
 
     Raises:
         ValueError: shapes or devices that do not fit, H not a multiple of Hkv, unknown backend.

@@ -2,9 +2,9 @@
 
     bits[b, t, s // 32] bit (s % 32) = 1  iff  s in S_t
 
-NOTE [Opaque lists]: lists and bits are made inside operators.  Compiled CPU FlexAttention returns the fully masked result,
-without an error, when its mask_mod captures the output of a scatter of the same compiled region; an operator's output is a
-plain buffer to the compiler.
+NOTE [Opaque lists]: lists and bits are made inside operators.  Compiled CPU FlexAttention returns the fully masked
+result, without an error, when its mask_mod captures the output of a scatter of the same compiled region; an operator's
+output is a plain buffer to the compiler.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ def _pack_selection(
     count.scatter_add_(-1, column, one)
     full = count == q_block * kv_block
     partial = (count > 0) & ~full
-    return bits, *(x[:, None] for x in (*_lists(partial), *_lists(full)))
+    number, order, full_number, full_order = (x[:, None] for x in (*_lists(partial), *_lists(full)))
+    return bits, number, order, full_number, full_order
 
 
 @_pack_selection.register_fake
-def _(
-    indices: Tensor, kv_len: int, q_block: int, kv_block: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(indices: Tensor, kv_len: int, q_block: int, kv_block: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch_size, num_queries, _ = indices.shape
     num_rows, num_columns = _ceil_div(num_queries, q_block), _ceil_div(kv_len, kv_block)
     number = indices.new_empty((batch_size, 1, num_rows), dtype=torch.int32)
@@ -65,8 +64,8 @@ def _(
 def topk_block_mask(indices: Tensor, kv_len: int, block_size: int = 128) -> BlockMask:
     """Build the exact BlockMask of a token-level selection.
 
-    ``mask(b, h, t, s) = bit s of query t``; touched blocks are listed, fully selected ones as full blocks, which skip the
-    ``mask_mod``.
+    ``mask(b, h, t, s) = bit s of query t``; touched blocks are listed, fully selected ones as full blocks, which skip
+    the ``mask_mod``.
 
     Args:
         indices: int32 or int64 ``[B, T, J]`` in [0, kv_len), each at most once in a row, -1 in unused slots.
@@ -74,8 +73,8 @@ def topk_block_mask(indices: Tensor, kv_len: int, block_size: int = 128) -> Bloc
         block_size: queries and keys per block, a multiple of 16.
 
     Returns:
-        BlockMask of shape ``[B, 1, T, S]``.  Its ``mask_mod`` encodes the whole selection, so that eager FlexAttention, which
-        ignores the lists, gives the same result.  ``kv_indices`` is as wide as the number of key blocks.
+        BlockMask of shape ``[B, 1, T, S]``.  Its ``mask_mod`` encodes the whole selection, so that eager FlexAttention,
+        which ignores the lists, gives the same result.  ``kv_indices`` is as wide as the number of key blocks.
 
     Raises:
         ValueError: wrong rank, ``kv_len < 1``, block size not a positive multiple of 16.
@@ -93,13 +92,18 @@ def topk_block_mask(indices: Tensor, kv_len: int, block_size: int = 128) -> Bloc
     check_dtype(op, "indices", indices, INTEGER)
     check(kv_len >= 1, op, "kv_len", "be at least 1", kv_len)
     _check_block_size(op, block_size)
-    bits, *lists = torch.ops.hybrid_flex.pack_selection(indices, kv_len, block_size, block_size)
+    bits, number, order, full_number, full_order = torch.ops.hybrid_flex.pack_selection(
+        indices, kv_len, block_size, block_size
+    )
 
     def selected(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ((bits[b, q_idx, kv_idx >> 5] >> (kv_idx & 31)) & 1) == 1
 
     return BlockMask.from_kv_blocks(
-        *lists, BLOCK_SIZE=block_size, mask_mod=selected, seq_lengths=(indices.shape[1], kv_len)
+        *(number, order, full_number, full_order),
+        BLOCK_SIZE=block_size,
+        mask_mod=selected,
+        seq_lengths=(indices.shape[1], kv_len),
     )
 
 
@@ -149,8 +153,8 @@ def block_topk_mask(
 ) -> BlockMask:
     """Build the BlockMask that lets each block of queries see its ``topk_blocks`` best blocks of keys.
 
-    A block-level selection (MoBA, NSA, VSA style), not token-level DSA: all queries of a block share it.  Ties go to the
-    lower block.  No block is forced; give the diagonal a score of +inf to keep it always.
+    A block-level selection (MoBA, NSA, VSA style), not token-level DSA: all queries of a block share it.  Ties go to
+    the lower block.  No block is forced; give the diagonal a score of +inf to keep it always.
 
     Args:
         scores: ``[B, nQ, nKV]`` (one selection for all heads) or ``[B, H, nQ, nKV]`` with
@@ -159,8 +163,8 @@ def block_topk_mask(
         q_len: number of queries T.
         kv_len: number of keys S.
         block_size: queries and keys per block, a multiple of 16.
-        causal: query t sees key s of a chosen block iff ``s <= query_start + t``; blocks no query of the row can see are
-            never chosen.
+        causal: query t sees key s of a chosen block iff ``s <= query_start + t``; blocks no query of the row can see
+            are never chosen.
         query_start: position of query 0 among the keys, >= 0.
 
     Returns:
@@ -187,7 +191,7 @@ def block_topk_mask(
     rule = "have ceil(q_len / block_size) rows and ceil(kv_len / block_size) columns"
     check(got[0] == want[0] and got[1] == want[1], op, "scores", rule, got)
     scores = (scores[:, None] if scores.dim() == 3 else scores).detach()
-    member, *lists = torch.ops.hybrid_flex.select_blocks(
+    member, number, order, full_number, full_order = torch.ops.hybrid_flex.select_blocks(
         scores, topk_blocks, q_len, kv_len, block_size, causal, query_start
     )
     num_heads = scores.shape[1]
@@ -197,7 +201,12 @@ def block_topk_mask(
         chosen = member[b, head, q_idx // block_size, kv_idx // block_size] == 1
         return chosen & (kv_idx <= q_idx + query_start) if causal else chosen
 
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block_size, mask_mod=selected, seq_lengths=(q_len, kv_len))
+    return BlockMask.from_kv_blocks(
+        *(number, order, full_number, full_order),
+        BLOCK_SIZE=block_size,
+        mask_mod=selected,
+        seq_lengths=(q_len, kv_len),
+    )
 
 
 def _check_block_size(op: str, block_size: int) -> None:

@@ -1,11 +1,12 @@
 """FlexAttention over an exact BlockMask, closed inside one operator.
 
-A program that holds a bare flex_attention node cannot be saved by torch.export, and on a CPU such a node has no backward.
-This operator hides both: its body runs a FlexAttention compiled for static sizes, its backward is the gather operator's.
+A program that holds a bare flex_attention node cannot be saved by torch.export, and on a CPU such a node has no
+backward.  This operator hides both: its body runs a FlexAttention compiled for static sizes, its backward is the gather
+operator's.
 
-NOTE [Buckets]: the inner compilation is static, so every new size would compile again (seconds each).  On a CPU, where dynamic
-lengths with captured tensors fail in several ways, queries and keys are padded to powers of two and batch entries run one
-by one.  Padding costs memory only: no list names a padded block.
+NOTE [Buckets]: the inner compilation is static, so every new size would compile again (seconds each).  On a CPU, where
+dynamic lengths with captured tensors fail in several ways, queries and keys are padded to powers of two and batch
+entries run one by one.  Padding costs memory only: no list names a padded block.
 """
 
 from __future__ import annotations
@@ -29,27 +30,29 @@ BLOCK_SIZE = 128
 
 def _attend(
     q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bits: Tensor, lists: list[Tensor], scale: float, with_lse: bool
-) -> tuple[Tensor, Tensor] | Tensor:
-    """Call FlexAttention on head-major tensors; every tensor of the mask is an argument, hence an input of the graph."""
+) -> tuple[Tensor, ...]:
+    """Call FlexAttention on head-major tensors; every tensor of the mask is an argument, hence an input of the
+    graph."""
 
     def selected(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return ((bits[b, q_idx, kv_idx >> 5] >> (kv_idx & 31)) & 1) == 1
 
+    number, order, full_number, full_order = lists
     mask = BlockMask.from_kv_blocks(
-        *lists,
+        *(number, order, full_number, full_order),
         BLOCK_SIZE=BLOCK_SIZE,
         mask_mod=selected,
         seq_lengths=(q_BHTD.shape[2], k_BHSD.shape[2]),
         compute_q_blocks=False,
     )
-    result = flex_attention(
-        q_BHTD, k_BHSD, v_BHSD, block_mask=mask, scale=scale, enable_gqa=True, return_lse=with_lse
-    )
-    return result  # type: ignore[no-any-return]
+    tensors = (q_BHTD, k_BHSD, v_BHSD)
+    if with_lse:
+        return flex_attention(*tensors, block_mask=mask, scale=scale, enable_gqa=True, return_lse=True)
+    return (flex_attention(*tensors, block_mask=mask, scale=scale, enable_gqa=True),)
 
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor] | Tensor]:
+def _compiled() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_attend, dynamic=False, fullgraph=True)
 
 
@@ -79,7 +82,7 @@ def _flex_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         results = [_compiled()(*x[:4], x[4:], scale, not on_cpu) for x in entries]
     if on_cpu:
-        o = torch.cat(results).transpose(1, 2)[:, :num_queries].contiguous()
+        o = torch.cat([x[0] for x in results]).transpose(1, 2)[:, :num_queries].contiguous()
         return o, gather_lse(q, k, indices, scale)
     o, lse = results[0]
     return o.transpose(1, 2).contiguous(), lse.transpose(1, 2).contiguous()

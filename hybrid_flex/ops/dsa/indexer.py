@@ -1,6 +1,7 @@
 """Lightning indexer: score every visible key and keep the ``topk`` best, streaming over blocks of queries.
 
-    I_ts = sum_j w_tj ReLU(q_idx_tj . k_idx_s)          S_t = the topk visible s with the largest I_ts, ties: the lower s
+    I_ts = sum_j w_tj ReLU(q_idx_tj . k_idx_s)
+    S_t  = the topk visible s with the largest I_ts; among equals the lower s
 
 Nothing of size T x S is ever stored: a block of queries is scored against the keys it can see, selected, and forgotten.
 Source: DeepSeek-V3.2 report, section 2.
@@ -23,8 +24,8 @@ from hybrid_flex.checks import (
 )
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
-# NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on one
-# Zen 5 core at HI = 8, DI = 64: 75 GFLOP/s from 2 MiB kept across tiles, 20 to 45 from fresh or larger buffers.
+# NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on
+# one Zen 5 core at HI = 8, DI = 64: 75 GFLOP/s from 2 MiB kept across tiles, 20 to 45 from fresh or larger buffers.
 BLOCK_SIZE = 32
 PRODUCT_BYTES = 2 * 2**20
 
@@ -115,8 +116,9 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
         scores[:, border].masked_fill_(~inside, float("-inf"))
     threshold = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
     keep = scores >= threshold
-    # torch.topk promises no order among equals: where more columns reach the threshold than there are slots, take all above
-    # it and fill up with the lowest columns that equal it.  Rows that see too few columns have a threshold of -inf.
+    # torch.topk promises no order among equals: where more columns reach the threshold than there are slots, take all
+    # above it and fill up with the lowest columns that equal it.  Rows that see too few columns have a threshold of
+    # -inf.
     count = keep.sum(-1)
     if not on_cpu:
         return _lowest(_fill(scores, threshold, first, last, topk), topk)
@@ -267,7 +269,8 @@ def lightning_topk(
 ) -> Tensor:
     """Select for every query the ``topk`` visible keys with the largest indexer scores.
 
-    ``S_t = top-k over visible s of I_ts``; larger score first, then the LOWER index; everything while fewer are visible.
+    ``S_t = top-k over visible s of I_ts``; larger score first, then the LOWER index; everything while fewer are
+    visible.
 
     Args:
         q_idx: ``[B, T, HI, DI]`` indexer queries, rotated already.
@@ -276,11 +279,11 @@ def lightning_topk(
         topk: keys (pools) to keep, >= 1; may pass S.
         causal: query t sees key s iff ``s <= query_start + t``; False: it sees all of its sequence.
         query_start: position of query 0 among the keys, >= 0 (the length of the cache).
-        cu_seqlens: int32 or int64 ``[N + 1]`` boundaries of packed sequences, B = 1 and S = T; indices stay global.  Read
-            on CPU outside graphs only, to check them.
+        cu_seqlens: int32 or int64 ``[N + 1]`` boundaries of packed sequences, B = 1 and S = T; indices stay global.
+            Read on CPU outside graphs only, to check them.
         kpool: tokens per pooled key; pool p is visible iff its last token ``p * kpool + kpool - 1`` is.
-        backend: ``"stream"`` (blocks of queries, bounded workspace), ``"reference"`` (dense, stable sort) or ``"auto"``,
-            which is ``"stream"``.
+        backend: ``"stream"`` (blocks of queries, bounded workspace), ``"reference"`` (dense, stable sort) or
+            ``"auto"``, which is ``"stream"``.
 
     Returns:
         int32 ``[B, T, topk]``, ascending, -1 in unused slots at the end.  No gradient.

@@ -4,12 +4,14 @@
     L   = 1 / (B T) sum_t KL(p_t || softmax_s(I_t))                          s over all visible keys, or over S_t
     dL / dI_ts = (softmax(I_t)_s - p_ts) / (B T)
 
-The gradient is taken in logit space: forms such as ``target / (prediction + eps)`` lose it where the prediction is small.
-Both passes walk over blocks of queries; the backward recomputes the tiles from the saved log-sum-exps.
+The gradient is taken in logit space: forms such as ``target / (prediction + eps)`` lose it where the prediction is
+small.  Both passes walk over blocks of queries; the backward recomputes the tiles from the saved log-sum-exps.
 Source: DeepSeek-V3.2 report, section 2.1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,11 +34,13 @@ WORKSPACE_BYTES = 16 * 2**20
 class _Block:
     """One block of queries of one batch entry: which keys and classes it compares, and both distributions.
 
-    The dense stage sees a contiguous range of keys and every query shares it; the sparse stage fetches a row of keys and of
-    index keys per query.  Classes are tokens, or pools of ``kpool`` tokens.
+    The dense stage sees a contiguous range of keys and every query shares it; the sparse stage fetches a row of keys
+    and of index keys per query.  Classes are tokens, or pools of ``kpool`` tokens.
     """
 
-    def __init__(self, rows: slice, keys: Tensor, classes: Tensor, seen: Tensor, allowed: Tensor, tokens: Tensor | None):
+    def __init__(
+        self, rows: slice, keys: Tensor, classes: Tensor, seen: Tensor, allowed: Tensor, tokens: Tensor | None
+    ):
         self.rows = rows
         self.keys = keys  # [L, Hkv, D] (dense) or [b, L, Hkv, D] (sparse)
         self.classes = classes  # [P, DI] (dense) or [b, P, DI] (sparse)
@@ -91,7 +95,7 @@ def _blocks(
     query_start: int,
     kpool: int,
     causal: bool,
-):
+) -> Iterator[tuple[_Block, int]]:
     """Yield the blocks of batch entry ``b``."""
     num_queries, num_keys, num_classes = q.shape[1], k.shape[1], k_idx.shape[1]
     dtype = accumulate_dtype(q)
@@ -311,8 +315,8 @@ def indexer_kl_loss(
         causal: as in `lightning_topk`.
         query_start: as in `lightning_topk`.
         cu_seqlens: as in `lightning_topk`.
-        kpool: tokens per class.  The attention then runs over tokens (the selected pools and the tail), its probabilities
-            are summed per pool, the tail is dropped and the rest normalised.
+        kpool: tokens per class.  The attention then runs over tokens (the selected pools and the tail), its
+            probabilities are summed per pool, the tail is dropped and the rest normalised.
 
     Returns:
         Scalar float32 (float64 for float64 inputs).  Tokens without a class to compare count 0.

@@ -1,9 +1,9 @@
 """Pooled index keys: one key for ``kpool`` consecutive tokens, selected together (GLM-5.3-Flash).
 
-    a_s      = softmax over the kpool slots of (gate_s + ape_slot)      per channel
-    key_P    = sum over the slots of a_s * k_idx_s
-    pool P holds tokens P * kpool ... P * kpool + kpool - 1 and may be selected once its LAST token is visible;
-    the tokens after the last complete pool (the tail) are always attended.
+a_s      = softmax over the kpool slots of (gate_s + ape_slot)      per channel
+key_P    = sum over the slots of a_s * k_idx_s
+pool P holds tokens P * kpool ... P * kpool + kpool - 1 and may be selected once its LAST token is visible;
+the tokens after the last complete pool (the tail) are always attended.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def pool_index_keys(k_idx: Tensor, gate: Tensor, ape: Tensor, kpool: int) -> Ten
         kpool: tokens per pool, >= 1.
 
     Returns:
-        ``[B, S // kpool, DI]`` in k_idx's dtype, computed in float32 (float64 for float64).  The incomplete last pool has
-        no key.
+        ``[B, S // kpool, DI]`` in k_idx's dtype, computed in float32 (float64 for float64).  The incomplete last pool
+        has no key.
 
     Raises:
         ValueError: shapes that do not fit, ``kpool < 1``.

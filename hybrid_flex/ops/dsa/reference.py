@@ -55,7 +55,8 @@ def reference_topk(scores: Tensor, visible: Tensor, topk: int) -> Tensor:
     """
     num_keys = scores.shape[-1]
     visible = visible.expand(scores.shape)
-    # Two stable sorts: first by score, then visible ones to the front, so that a visible -inf still beats an invisible key.
+    # Two stable sorts: first by score, then visible ones to the front, so that a visible -inf still beats an invisible
+    # key.
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     by_visibility = visible.gather(-1, order).int().sort(dim=-1, descending=True, stable=True)
     chosen = order.gather(-1, by_visibility.indices)[..., :topk]
@@ -94,7 +95,8 @@ def reference_attention(
     logits = torch.einsum("bthd,bshd->bths", q.to(dtype), k_full) * scale
     chosen = reference_membership(indices, k.shape[1])[:, :, None]
     empty = ~chosen.any(-1, keepdim=True)
-    # An empty row takes logits of zero through the softmax and is blanked afterwards: -inf alone would give NaN gradients.
+    # An empty row takes logits of zero through the softmax and is blanked afterwards: -inf alone would give NaN
+    # gradients.
     logits = logits.masked_fill(~chosen & ~empty, float("-inf")).masked_fill(empty, 0.0)
     p = logits.softmax(-1).masked_fill(empty, 0.0)
     lse = logits.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
@@ -117,14 +119,25 @@ def reference_kl_loss(
 ) -> Tensor:
     """Compare the indexer's distribution with the attention's: mean over tokens of ``KL(p_t || softmax(I_t))``.
 
-    With ``kpool > 1`` the classes are pools: the attention runs over tokens (selected pools and the incomplete tail pool),
-    its probabilities are summed per pool, the tail is dropped, and the rest is normalised.  Rows without a class count 0.
+    With ``kpool > 1`` the classes are pools: the attention runs over tokens (selected pools and the incomplete tail
+    pool), its probabilities are summed per pool, the tail is dropped, and the rest is normalised.  Rows without a class
+    count 0.
     """
     dtype = torch.float64 if q_idx.dtype == torch.float64 else torch.float32
     num_tokens, num_keys, num_classes = q.shape[1], k.shape[1], k_idx.shape[1]
-    where = {"causal": causal, "query_start": query_start, "cu_seqlens": cu_seqlens, "device": q.device}
-    tokens = reference_visible(num_tokens, num_keys, **where).expand(q.shape[0], -1, -1)
-    classes = reference_visible(num_tokens, num_classes, kpool=kpool, **where).expand(q.shape[0], -1, -1)
+
+    def visible(count: int, pool: int) -> Tensor:
+        return reference_visible(
+            num_tokens,
+            count,
+            causal=causal,
+            query_start=query_start,
+            cu_seqlens=cu_seqlens,
+            kpool=pool,
+            device=q.device,
+        ).expand(q.shape[0], -1, -1)
+
+    tokens, classes = visible(num_keys, 1), visible(num_classes, kpool)
     if indices is not None:
         classes = classes & reference_membership(indices, num_classes)
     pooled = classes.repeat_interleave(kpool, dim=-1)

@@ -2,13 +2,13 @@
 
     (x_a, x_b) -> (x_a cos - x_b sin, x_b cos + x_a sin)        pair i turns by position * theta^(-2 i / R)
 
-The layout says which two of the R rotated channels form pair i.  A wrong one is the commonest defect of a ported indexer:
-outputs stay plausible while about a quarter of the selected keys changes.
+The layout says which two of the R rotated channels form pair i.  A wrong one is the commonest defect of a ported
+indexer: outputs stay plausible while about a quarter of the selected keys changes.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from hybrid_flex.checks import check, check_choice, check_rank
 _OP = "apply_rope"
 
 
-class RopeLayout(str, Enum):
+class RopeLayout(StrEnum):
     """Name the channels that rotate together.
 
     ``HALF``: channels ``i`` and ``i + R / 2`` (the indexer of DeepSeek-V3.2).
@@ -66,7 +66,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout | str = R
         x: ``[B, T, E]`` or ``[B, T, H, E]`` with E >= R, any floating dtype.
         cos: ``[T, R / 2]`` or ``[B, T, R / 2]`` from `rope_cos_sin`.
         sin: like ``cos``.
-        layout: `RopeLayout` or its string, ``"half"``, ``"interleaved"`` or ``"none"``; ``"none"`` returns ``x`` itself.
+        layout: `RopeLayout` or its string, ``"half"``, ``"interleaved"`` or ``"none"``; ``"none"`` returns ``x``
+            itself.
 
     Returns:
         Like ``x``; the rotation is computed in float32 (float64 for float64).  Pairs stay where they were.

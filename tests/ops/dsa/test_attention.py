@@ -100,7 +100,9 @@ def test_property_any_shape(num_queries: int, num_keys: int, group: int, num_kv:
 
 @pytest.mark.parametrize("layout", ["mla", "gqa-side-by-side", "head-major", "reversed-stride", "separate"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_views_of_a_cache(layout: str, dtype: torch.dtype, selection: Callable[..., Tensor], small_blocks: None) -> None:
+def test_views_of_a_cache(
+    layout: str, dtype: torch.dtype, selection: Callable[..., Tensor], small_blocks: None
+) -> None:
     torch.manual_seed(0)
     num_kv = 1 if layout == "mla" else 2
     q = torch.randn(2, 30, 4, 12, dtype=torch.float64).to(dtype).requires_grad_()
@@ -265,6 +267,12 @@ def test_errors() -> None:
     expect(TypeError, r"sparse_attention: q must have dtype", q.int(), k, v, indices)
     expect(ValueError, r"sparse_attention: backend must be one of .*, got 'dense'", q, k, v, indices, backend="dense")
     doubles = (x.double() for x in (q, k, v))
-    expect(TypeError, r"sparse_attention: q must have dtype bfloat16, float16, float32, got float64", *doubles, indices, backend="flex")
+    expect(
+        TypeError,
+        r"sparse_attention: q must have dtype bfloat16, float16, float32, got float64",
+        *doubles,
+        indices,
+        backend="flex",
+    )
     with pytest.raises(IndexError):
         sparse_attention(q, k, v, indices + 6)

@@ -1,4 +1,5 @@
-"""Block masks: every (query, key) pair against the selection, block lists, eager FlexAttention, the compiler, errors."""
+"""Block masks: every (query, key) pair against the selection, block lists, eager FlexAttention, the compiler,
+errors."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def listed(number: Tensor, order: Tensor) -> Tensor:
 
 
 def check_lists(mask: BlockMask, pairs: Tensor, block: int) -> None:
-    """Require: touched = partial + full, disjoint; full blocks are wholly selected and wholly inside; width as needed."""
+    """Require: touched = partial + full, disjoint; full blocks are wholly selected and wholly inside."""
     rows, columns = -(-pairs.shape[2] // block), -(-pairs.shape[3] // block)
     assert mask.kv_indices.shape[-1] == columns
     padded = torch.nn.functional.pad(pairs, (0, columns * block - pairs.shape[3], 0, rows * block - pairs.shape[2]))
@@ -75,7 +76,11 @@ def test_eager_flex_needs_nothing_but_the_mask_mod(selection: Callable[..., Tens
     indices = selection(2, 40, 70, 12)
     mask = topk_block_mask(indices, 70, 16)
     empty = BlockMask.from_kv_blocks(
-        torch.zeros_like(mask.kv_num_blocks), mask.kv_indices, BLOCK_SIZE=16, mask_mod=mask.mask_mod, seq_lengths=(40, 70)
+        torch.zeros_like(mask.kv_num_blocks),
+        mask.kv_indices,
+        BLOCK_SIZE=16,
+        mask_mod=mask.mask_mod,
+        seq_lengths=(40, 70),
     )
     expected, _ = reference_attention(q, k, v, indices)
     for form in (mask, empty):
@@ -103,11 +108,14 @@ def test_block_selection_against_loop(
                 row = t // block
                 last_position = start + min((row + 1) * block, num_queries) - 1
                 candidates = [c for c in range(columns) if not causal or c * block <= last_position]
-                best = sorted(candidates, key=lambda c: (-by_head[b, h, row, c].item(), c))[:topk]  # noqa: B023
+                best = sorted(candidates, key=lambda c: (-by_head[b, h, row, c].item(), c))[:topk]
                 expected = [s for s in range(num_keys) if s // block in best and (not causal or s <= start + t)]
                 assert pairs[b, h, t].nonzero()[:, 0].tolist() == expected
     # Lists may name a block no row of which sees a key (behind the diagonal of a ragged row); they never miss one.
-    partial, full = (listed(n, i) for n, i in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)))
+    partial, full = (
+        listed(n, i)
+        for n, i in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices))
+    )
     padded = torch.nn.functional.pad(pairs, (0, columns * block - num_keys, 0, rows * block - num_queries))
     tiles = padded.unflatten(3, (columns, block)).unflatten(2, (rows, block))
     assert torch.equal(full, tiles.all(5).all(3))
@@ -116,12 +124,14 @@ def test_block_selection_against_loop(
 
 def test_opcheck(selection: Callable[..., Tensor]) -> None:
     torch.library.opcheck(torch.ops.hybrid_flex.pack_selection.default, (selection(2, 20, 40, 7), 40, 16, 16))
-    torch.library.opcheck(torch.ops.hybrid_flex.select_blocks.default, (torch.randn(2, 1, 3, 4), 2, 40, 60, 16, True, 20))
+    torch.library.opcheck(
+        torch.ops.hybrid_flex.select_blocks.default, (torch.randn(2, 1, 3, 4), 2, 40, 60, 16, True, 20)
+    )
 
 
 def test_compiled_flex_with_the_mask_of_its_own_region(fresh_dynamo: None) -> None:
-    # The trap: compiled CPU FlexAttention returns the fully masked result when its mask_mod captures the output of a scatter
-    # made in the same region.  Here selection, mask and attention share one region.
+    # The trap: compiled CPU FlexAttention returns the fully masked result when its mask_mod captures the output of a
+    # scatter made in the same region.  Here selection, mask and attention share one region.
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16)
     q_idx, k_idx, w = torch.randn(1, 64, 2, 4), torch.randn(1, 64, 4), torch.randn(1, 64, 2)

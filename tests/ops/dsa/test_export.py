@@ -1,4 +1,5 @@
-"""Every DSA operator in one program: exported strict and non-strict, saved, loaded in a fresh process, differentiated."""
+"""Every DSA operator in one program: exported strict and non-strict, saved, loaded in a fresh process,
+differentiated."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from hybrid_flex.ops.dsa import (
 class Program(nn.Module):
     """Selection, pooled selection, attention in both forms and the indexer's loss, dynamic in batch and length."""
 
-    def forward(self, q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cos, sin = rope_cos_sin(torch.arange(k.shape[1]), 4)
         start = k.shape[1] - q.shape[1]
         q_idx, k_idx = apply_rope(q_idx, cos[start:], sin[start:]), apply_rope(k_idx, cos, sin)

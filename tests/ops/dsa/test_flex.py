@@ -18,11 +18,12 @@ def draw(b: int, t: int, s: int, h: int, g: int, d: int, e: int, dtype: torch.dt
 
 
 # All cases with one head count and widths share two inner graphs: queries and keys are padded to 128 or 256.
-@pytest.mark.parametrize(
-    ("num_queries", "num_keys"), [(1, 1), (65, 65), (1, 70), (130, 200)], ids=lambda n: str(n)
-)
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (65, 65), (1, 70), (130, 200)], ids=lambda n: str(n))
 def test_outputs_and_gradients(num_queries: int, num_keys: int, selection: Callable[..., Tensor]) -> None:
-    inputs, indices = draw(2, num_queries, num_keys, 4, 2, 16, 16, torch.float32), selection(2, num_queries, num_keys, 20)
+    inputs, indices = (
+        draw(2, num_queries, num_keys, 4, 2, 16, 16, torch.float32),
+        selection(2, num_queries, num_keys, 20),
+    )
     values = {}
     for backend in ("flex", "reference"):
         o, lse = sparse_attention(*inputs, indices, backend=backend)
@@ -81,6 +82,8 @@ def test_outputs_are_written_everywhere(nan_memory: None, selection: Callable[..
     q, k, v = (x.detach() for x in draw(1, 20, 30, 4, 2, 16, 16, torch.float32))
     indices = selection(1, 20, 30, 6)
     for got, want in zip(
-        sparse_attention(q, k, v, indices, backend="flex"), sparse_attention(q, k, v, indices, backend="reference"), strict=True
+        sparse_attention(q, k, v, indices, backend="flex"),
+        sparse_attention(q, k, v, indices, backend="reference"),
+        strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -58,7 +58,13 @@ def test_default_workspace_matches_the_reference_bitwise() -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 40), st.integers(1, 60), st.integers(1, 4), st.integers(1, 70), st.integers(0, 50), st.booleans(), st.integers(1, 4)
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.integers(1, 4),
+    st.integers(1, 70),
+    st.integers(0, 50),
+    st.booleans(),
+    st.integers(1, 4),
 )
 def test_property_any_shape(
     num_queries: int, num_keys: int, num_heads: int, topk: int, query_start: int, causal: bool, kpool: int
@@ -70,7 +76,9 @@ def test_property_any_shape(
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(lambda x: sum(x) > 0), st.integers(1, 30), st.booleans())
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(lambda x: sum(x) > 0), st.integers(1, 30), st.booleans()
+)
 def test_property_packed_sequences(lengths: list[int], topk: int, causal: bool) -> None:
     cu = torch.tensor([0, *lengths]).cumsum(0)
     total = sum(lengths)

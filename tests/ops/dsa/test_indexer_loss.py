@@ -21,7 +21,10 @@ CASES = [
     (1, 37, 37, 0, 1, True, (0, 5, 5, 20, 37)),
     (1, 37, 37, 0, 1, False, (0, 5, 5, 20, 37)),
 ]
-IDS = [f"B{b}-T{t}-S{s}-at{q}-kpool{p}-{'causal' if c else 'full'}{'-packed' if u else ''}" for b, t, s, q, p, c, u in CASES]
+IDS = [
+    f"B{b}-T{t}-S{s}-at{q}-kpool{p}-{'causal' if c else 'full'}{'-packed' if u else ''}"
+    for b, t, s, q, p, c, u in CASES
+]
 NAMES = ("q_idx", "k_idx", "w")
 
 
@@ -54,9 +57,7 @@ def test_float64_loss_and_gradients(case: tuple, stage: str, small_blocks: None)
 def test_gradcheck(stage: str) -> None:
     indexer, attention = draw(1, 5, 6, 1)
     indices = lightning_topk(*indexer, 3, query_start=1) if stage == "sparse" else None
-    assert torch.autograd.gradcheck(
-        lambda *x: indexer_kl_loss(*x, *attention, indices=indices, query_start=1), indexer
-    )
+    assert torch.autograd.gradcheck(lambda *x: indexer_kl_loss(*x, *attention, indices=indices, query_start=1), indexer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -79,7 +80,9 @@ def test_zero_when_the_indexer_is_right() -> None:
     # One indexer head whose positive products equal the attention's logits predicts it exactly.
     torch.manual_seed(0)
     q, k = torch.rand(1, 9, 1, 4, dtype=torch.float64), torch.rand(1, 9, 1, 4, dtype=torch.float64)
-    indexer = [x.requires_grad_() for x in (q.clone(), k[:, :, 0].clone(), torch.ones(1, 9, 1, dtype=torch.float64) / 2)]
+    indexer = [
+        x.requires_grad_() for x in (q.clone(), k[:, :, 0].clone(), torch.ones(1, 9, 1, dtype=torch.float64) / 2)
+    ]
     loss = indexer_kl_loss(*indexer, q, k)
     assert loss.abs() < 1e-14
     for grad in torch.autograd.grad(loss, indexer):
@@ -180,9 +183,37 @@ def test_errors() -> None:
 
     expect(ValueError, r"indexer_kl_loss: q must be \[B, T, H, D\] = \[1, 6, \*, \*\]", q_idx, k_idx, w, q[:, 1:], k)
     expect(ValueError, r"indexer_kl_loss: k_idx must have S // kpool keys", q_idx, k_idx, w, q, k[:, 1:])
-    expect(ValueError, r"indexer_kl_loss: k_idx must have S // kpool keys.* got \(6, 6, 2\)", q_idx, k_idx, w, q, k, kpool=2)
+    expect(
+        ValueError,
+        r"indexer_kl_loss: k_idx must have S // kpool keys.* got \(6, 6, 2\)",
+        q_idx,
+        k_idx,
+        w,
+        q,
+        k,
+        kpool=2,
+    )
     expect(TypeError, r"indexer_kl_loss: k must have dtype float64, got float32", q_idx, k_idx, w, q, k.float())
     indices = torch.zeros(1, 5, 2, dtype=torch.int32)
-    expect(ValueError, r"indexer_kl_loss: indices must be \[B, T, J\] = \[1, 6, \*\]", q_idx, k_idx, w, q, k, indices=indices)
+    expect(
+        ValueError,
+        r"indexer_kl_loss: indices must be \[B, T, J\] = \[1, 6, \*\]",
+        q_idx,
+        k_idx,
+        w,
+        q,
+        k,
+        indices=indices,
+    )
     cu = torch.tensor([0, 6])
-    expect(ValueError, r"indexer_kl_loss: kpool must be 1 with cu_seqlens", q_idx, k_idx[:, :3], w, q, k, kpool=2, cu_seqlens=cu)
+    expect(
+        ValueError,
+        r"indexer_kl_loss: kpool must be 1 with cu_seqlens",
+        q_idx,
+        k_idx[:, :3],
+        w,
+        q,
+        k,
+        kpool=2,
+        cu_seqlens=cu,
+    )

@@ -68,14 +68,18 @@ def test_all_pools_selected_is_every_visible_token() -> None:
 def test_fullgraph_one_graph_for_several_lengths(fresh_dynamo: None) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    def both(keys: torch.Tensor, gate: torch.Tensor, ape: torch.Tensor, pools: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def both(
+        keys: torch.Tensor, gate: torch.Tensor, ape: torch.Tensor, pools: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         return pool_index_keys(keys, gate, ape, 4), expand_pools(pools, 4)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(both, fullgraph=True, backend=counter, dynamic=True)
     for length in (29, 40, 43, 16):
         keys, gate, ape = torch.randn(2, length, 6), torch.randn(2, length, 6), torch.randn(4, 6)
-        pools = lightning_topk(torch.randn(2, length, 2, 6), torch.randn(2, length // 4, 6), torch.randn(2, length, 2), 3, kpool=4)
+        pools = lightning_topk(
+            torch.randn(2, length, 2, 6), torch.randn(2, length // 4, 6), torch.randn(2, length, 2), 3, kpool=4
+        )
         for got, want in zip(compiled(keys, gate, ape, pools), both(keys, gate, ape, pools), strict=True):
             torch.testing.assert_close(got, want)
     assert counter.frame_count == 1

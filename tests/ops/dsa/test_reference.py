@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -40,14 +41,16 @@ def score_loop(q_idx: Tensor, k_idx: Tensor, w: Tensor) -> list[list[list[float]
     return result
 
 
-def visible_loop(t: int, num_keys: int, causal: bool, query_start: int, bounds: list[int] | None, kpool: int) -> list[int]:
+def visible_loop(
+    t: int, num_keys: int, causal: bool, query_start: int, bounds: list[int] | None, kpool: int
+) -> list[int]:
     """List the keys (pools) query t sees."""
     keys = []
     for s in range(num_keys):
         last_token = s * kpool + kpool - 1
         if causal and last_token > query_start + t:
             continue
-        if bounds is not None and not any(a <= t < b and a <= s < b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds is not None and not any(a <= t < b and a <= s < b for a, b in itertools.pairwise(bounds)):
             continue
         keys.append(s)
     return keys
@@ -87,9 +90,7 @@ def test_topk_takes_the_lower_index_among_equals() -> None:
     assert reference_topk(scores, visible, 3).tolist()[0][1] == [-1, -1, -1]
 
 
-def attention_loop(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def attention_loop(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend one query and head at a time over a Python list of keys."""
     group = q.shape[2] // k.shape[2]
     o = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
@@ -122,7 +123,11 @@ def test_attention_against_loop(num_kv_heads: int, selection: Callable[..., Tens
 def test_kl_loss_against_loop(kpool: int, stage: str) -> None:
     num_queries, num_keys, start = 7, 11, 4
     num_classes = num_keys // kpool
-    q_idx, k_idx, w = draw(1, num_queries, 2, 4, seed=0), draw(1, num_classes, 4, seed=1), draw(1, num_queries, 2, seed=2)
+    q_idx, k_idx, w = (
+        draw(1, num_queries, 2, 4, seed=0),
+        draw(1, num_classes, 4, seed=1),
+        draw(1, num_queries, 2, seed=2),
+    )
     q, k = draw(1, num_queries, 4, 5, seed=3), draw(1, num_keys, 2, 5, seed=4)
     scores = score_loop(q_idx, k_idx, w)
     total, chosen_rows = 0.0, []

@@ -32,7 +32,9 @@ def test_layouts_are_permutations_of_each_other() -> None:
     x = torch.randn(2, 5, 8)
     cos, sin = rope_cos_sin(torch.arange(5), 8)
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
-    torch.testing.assert_close(apply_rope(x, cos, sin, "interleaved")[..., order], apply_rope(x[..., order], cos, sin, "half"))
+    torch.testing.assert_close(
+        apply_rope(x, cos, sin, "interleaved")[..., order], apply_rope(x[..., order], cos, sin, "half")
+    )
 
 
 def test_products_depend_on_distance_only() -> None:
@@ -41,7 +43,9 @@ def test_products_depend_on_distance_only() -> None:
     for layout in (RopeLayout.HALF, RopeLayout.INTERLEAVED):
         products = []
         for shift in (0, 900):
-            turned = [apply_rope(x, *rope_cos_sin(torch.tensor([p + shift]).double(), 8), layout) for x, p in ((q, 9), (k, 4))]
+            turned = [
+                apply_rope(x, *rope_cos_sin(torch.tensor([p + shift]).double(), 8), layout) for x, p in ((q, 9), (k, 4))
+            ]
             products.append((turned[0] * turned[1]).sum())
         torch.testing.assert_close(products[0], products[1], rtol=1e-10, atol=1e-10)
 
@@ -95,7 +99,9 @@ def test_errors() -> None:
         rope_cos_sin(torch.arange(2), 7)
     with pytest.raises(ValueError, match=r"apply_rope: layout must be one of .*, got 'neox'"):
         apply_rope(torch.randn(1, 2, 8), cos, sin, "neox")
-    with pytest.raises(ValueError, match=r"apply_rope: x must have at least R channels, \(channels, R\) given, got \(6, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"apply_rope: x must have at least R channels, \(channels, R\) given, got \(6, 8\)"
+    ):
         apply_rope(torch.randn(1, 2, 6), cos, sin)
     with pytest.raises(ValueError, match=r"apply_rope: x must have shape \[B, T, E\] or"):
         apply_rope(torch.randn(2, 8), cos, sin)
