@@ -161,7 +161,7 @@ def _chunk_kda(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, final = _scan_states(x, initial, packing, (B, T, initial.shape[0]))
+    states, v_new, final = _scan_states(x, initial, packing, (*q.shape, *v.shape, initial.shape[0]))
     o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
     o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
@@ -217,10 +217,10 @@ def _chunk_kda_backward(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, _ = _scan_states(x, initial, packing, (B, T, initial.shape[0]))
+    states, v_new, _ = _scan_states(x, initial, packing, (*q.shape, *v.shape, initial.shape[0]))
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
     d_final = d_final.mT if state_v_first else d_final
-    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, (B, T, initial.shape[0]))
+    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, (*q.shape, *v.shape, initial.shape[0]))
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
     tokens = [to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads]
     active = Active(*tokens[:4], tokens[4].squeeze(-1))
