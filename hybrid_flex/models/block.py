@@ -114,7 +114,7 @@ class HybridBlock(nn.Module):
     def __init__(self, config: HybridConfig, letter: str) -> None:
         super().__init__()
         mlp_size = -(-8 * config.hidden_size // 96) * 32 if config.mlp_size is None else config.mlp_size
-        self.letter = letter
+        self.hidden_size, self.letter = config.hidden_size, letter
         self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         # Any: which state belongs to which mixer is known by the letter, not by the type checker.
         self.mixer: Any = build_mixer(config, letter)

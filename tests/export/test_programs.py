@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hybrid_flex.export import export_prefill, load, save
-from hybrid_flex.layers import DeepSeekSparseAttention, DeepSeekSparseMLA, KimiDeltaAttention, SequentialHybrid
-from hybrid_flex.models import HybridConfig, HybridLanguageModel, LayerWiseHybrid
+from hybrid_flex.layers import (
+    DeepSeekSparseAttention,
+    DeepSeekSparseMLA,
+    KimiDeltaAttention,
+    ParallelHybrid,
+    SequentialHybrid,
+)
+from hybrid_flex.models import HybridBlock, HybridConfig, HybridLanguageModel, LayerWiseHybrid
 
 SIZES = [(1, 1), (1, 5), (3, 64), (2, 131)]
 
@@ -54,6 +60,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mla": lambda: DeepSeekSparseMLA(
         32, 2, kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=8, rope_dim=4, topk=4, index_heads=2, index_head_dim=8
     ),
+    "parallel": lambda: ParallelHybrid(LAYERS["kda"](), LAYERS["dsa"]()),  # type: ignore[arg-type]
+    "block": lambda: HybridBlock(language_model("KS").config, "S"),
     "stack": lambda: LayerWiseHybrid(language_model("KS").config),
 }
 
