@@ -16,12 +16,12 @@ def chunk_scan(
     """Carry a state through slices of ``xs``: ``carry, ys[i] = step(carry, xs[i])`` for i = 0, 1, ...
 
     Args:
-        step: function of the carry and one slice of every tensor in ``xs``; returns the next carry (same shape and dtype)
-            and a tuple of tensors to stack. It must not write to its arguments.
+        step: function of the carry and one slice of every tensor in ``xs``; returns the next carry (same shape and
+            dtype) and a tuple of tensors to stack. It must not write to its arguments.
         carry: the state before the first slice.
         xs: tensors that share their leading dimension, at least 1 long.
-        sizes: the sizes of the caller's arguments (B, T, ...) that shapes of ``carry`` and ``xs`` are computed from. While
-            a graph with dynamic shapes is lowered, every such size must be an input of the scan by itself.
+        sizes: the sizes of the caller's arguments (B, T, ...) that shapes of ``carry`` and ``xs`` are computed from.
+            While a graph with dynamic shapes is lowered, every such size must be an input of the scan by itself.
 
     Returns:
         The last carry and the stacked ``ys``, each with the leading dimension of ``xs``.
@@ -38,8 +38,8 @@ def chunk_scan(
             # Outputs of a scan body may not alias one another or an input.
             return tuple(t.clone() for t in (state, *ys))
 
-        # The carry goes in as a copy of its own: a scan may not alias its inputs either. Slices of dense tensors are views;
-        # a tensor with gaps would be copied whole, once per slice, by the loop that a scan is lowered to.
+        # The carry goes in as a copy of its own: a scan may not alias its inputs either. Slices of dense tensors are
+        # views; a tensor with gaps would be copied whole, once per slice, by the loop that a scan is lowered to.
         symbols = tuple(s for s in sizes if isinstance(s, torch.SymInt))
         last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], symbols)
         return last, tuple(stacked)

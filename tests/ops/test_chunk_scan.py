@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from hybrid_flex.ops import chunk_scan as module
 from hybrid_flex.ops.chunk_scan import chunk_scan
@@ -46,7 +47,7 @@ def test_traced_scan_is_one_node_for_any_length(fresh_dynamo: None) -> None:
         graphs.append(graph)
         return graph
 
-    aot = torch._dynamo.backends.common.aot_autograd(fw_compiler=backend)
+    aot = aot_autograd(fw_compiler=backend)
     compiled = torch.compile(scan, backend=aot, fullgraph=True, dynamic=True)
     for n in (3, 8, 5):
         x = arguments(n)

@@ -1,7 +1,7 @@
 """Chunked Kimi Delta Attention: the recurrence as matrix products over chunks of tokens and a scan over chunks.
 
-Per sequence and value head, with ``D_ij = exp(g_{j+1} + ... + g_i)`` per key channel, ``P`` = decay from the chunk's start
-through row i, ``E`` = decay after row i to the chunk's end, ``S`` the state before the chunk and ``s`` the scale:
+Per sequence and value head, with ``D_ij = exp(g_{j+1} + ... + g_i)`` per key channel, ``P`` = decay from the chunk's
+start through row i, ``E`` = decay after row i to the chunk's end, ``S`` the state before the chunk and ``s`` the scale:
 
     Aqk_ij = s <q_i, D_ij k_j>       i >= j                  L_ij = beta_i <k_i, D_ij k_j>   i > j
     (I + L) u = beta v               (I + L) w = beta P k
@@ -88,12 +88,12 @@ def chunk_kda(
         k: keys, ``[B, T, H, K]``, dtype of q.
         v: values, ``[B, T, HV, V]``, dtype of q; HV is a multiple of H, and head h of q and k serves the value heads
             ``h * HV / H ... (h + 1) * HV / H - 1``.
-        g: natural-log decay per token, ``[B, T, HV, K]``, any floating dtype, not positive (a positive value is undefined);
-            the raw gate with ``use_gate_in_kernel``.
+        g: natural-log decay per token, ``[B, T, HV, K]``, any floating dtype, not positive (a positive value is
+            undefined); the raw gate with ``use_gate_in_kernel``.
         beta: write strength, ``[B, T, HV]``, in [0, 1]; the raw logit with ``use_beta_sigmoid_in_kernel``.
         scale: factor of the output; None means ``K ** -0.5``.
-        initial_state: state before the first token, ``[N, HV, K, V]``, float32 (float64 with float64 q); None means zero.
-            N is B, or the number of packed sequences.
+        initial_state: state before the first token, ``[N, HV, K, V]``, float32 (float64 with float64 q); None means
+            zero. N is B, or the number of packed sequences.
         output_final_state: whether to return the state after the last token.
         use_qk_l2norm_in_kernel: divide q and k by ``sqrt(sum x^2 + 1e-6)`` first.
         use_gate_in_kernel: turn the raw gate g into a log decay with A_log, dt_bias and lower_bound, see `kda_gate`.
@@ -111,8 +111,8 @@ def chunk_kda(
         chunk_size: tokens in a chunk: 16, 32 or 64.
 
     Returns:
-        ``(o, final_state)``: o ``[B, T, HV, V]`` in the dtype of q; final_state ``[N, HV, K, V]`` in float32 (float64 with
-        float64 q), or None without ``output_final_state``.
+        ``(o, final_state)``: o ``[B, T, HV, V]`` in the dtype of q; final_state ``[N, HV, K, V]`` in float32 (float64
+        with float64 q), or None without ``output_final_state``.
 
     Raises:
         ValueError: a shape, size, device or option breaks a rule above.
@@ -157,11 +157,12 @@ def _chunk_kda(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    (B, T), (HV, V) = v.shape[:2], v.shape[2:]
+    (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, final = _scan_states(x, initial, packing, (*q.shape, *v.shape, initial.shape[0]))
+    sizes = (*q.shape, *v.shape, initial.shape[0])
+    states, v_new, final = _scan_states(x, initial, packing, sizes)
     o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
     o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
@@ -217,13 +218,14 @@ def _chunk_kda_backward(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    states, v_new, _ = _scan_states(x, initial, packing, (*q.shape, *v.shape, initial.shape[0]))
+    sizes = (*q.shape, *v.shape, initial.shape[0])
+    states, v_new, _ = _scan_states(x, initial, packing, sizes)
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
     d_final = d_final.mT if state_v_first else d_final
-    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, (*q.shape, *v.shape, initial.shape[0]))
+    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sizes)
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
-    tokens = [to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads]
-    active = Active(*tokens[:4], tokens[4].squeeze(-1))
+    dq, dk, dv, dg, d_beta = (to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads)
+    active = Active(dq, dk, dv, dg, d_beta.squeeze(-1))
     d_initial = q.new_empty(0) if initial_state is None else _final_layout(d_initial, state_v_first)
     return tuple(t.contiguous() for t in (*activate_backward(raw, active), d_initial))  # type: ignore[return-value]
 
@@ -233,10 +235,7 @@ def _(d_o: Tensor, d_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
     raw, initial_state = Raw(*args[:12]), args[12]
     like = (raw.q, raw.k, raw.v, raw.g, raw.beta, raw.A_log, raw.dt_bias, initial_state)
     return tuple(
-        raw.q.new_empty(0)
-        if x is None
-        else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in like
+        raw.q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
     )
 
 
@@ -261,9 +260,7 @@ def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
     *raw, initial_state, cu_seqlens = ctx.saved_tensors
     flags, (scale, state_v_first), chunk_size = ctx.options
-    grads = _chunk_kda_backward(
-        d_o, d_final, *raw, *flags, initial_state, cu_seqlens, scale, state_v_first, chunk_size
-    )
+    grads = _chunk_kda_backward(d_o, d_final, *raw, *flags, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
     return (*wanted[:7], *([None] * 5), wanted[7], *([None] * (len(ctx.needs_input_grad) - 13)))
 
@@ -287,7 +284,7 @@ def _prepare(x: Active, scale: float, chunk_size: int, packing: Packing | None) 
 
 
 def _solve(L: Tensor, right: Tensor, transposed: bool) -> Tensor:
-    """Solve ``(I + L) x = right``, or ``(I + L)^T x = right``, by substitution; L ``[M, C, C]``, right ``[M, C, X]``."""
+    """Solve ``(I + L) x = right [M, C, X]``, or ``(I + L)^T x = right``, by substitution."""
     matrix = L.mT if transposed else L
     return torch.linalg.solve_triangular(matrix, right, upper=transposed, unitriangular=True)
 
@@ -334,8 +331,8 @@ def _scan_states_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry the state's gradient through the chunks in reverse.
 
-    Returns the gradient of the state after every chunk ``[M, K, V]``, that of ``v_new [M, C, V]``, and that of the initial
-    states ``[N, HV, K, V]``.
+    Returns the gradient of the state after every chunk ``[M, K, V]``, that of ``v_new [M, C, V]``, and that of the
+    initial states ``[N, HV, K, V]``.
     """
     num_rows = d_final.shape[0] * d_final.shape[1] if packing is None else d_final.shape[1]
     inside = (torch.bmm(x.Aqk.mT, dO), torch.bmm(x.q_from_start.mT, dO), x.w, x.k_to_end, x.total)

@@ -1,24 +1,26 @@
 """Decay factors inside a chunk, as a binary tree of products that are all at most one.
 
-The factor between a row i and an earlier row j of a chunk is ``D_ij = exp(g_{j+1} + ... + g_i)`` per key channel.  Splitting
-it as ``exp(G_i) * exp(-G_j)`` overflows, because the cumulative sum G is unbounded below with the softplus gate.
+The factor between a row i and an earlier row j of a chunk is ``D_ij = exp(g_{j+1} + ... + g_i)`` per key channel.
+Splitting it as ``exp(G_i) * exp(-G_j)`` overflows, because the cumulative sum G is unbounded below with the softplus
+gate.
 
 # NOTE [Decay tree]
-Cut the chunk into blocks of m = 1, 2, 4, ... rows and look at neighbouring blocks (left, right).  For i in the right block
-and j in the left one, the boundary between them lies inside the sum, so
+Cut the chunk into blocks of m = 1, 2, 4, ... rows and look at neighbouring blocks (left, right).  For i in the right
+block and j in the left one, the boundary between them lies inside the sum, so
 
     D_ij = exp(prefix_i) * exp(suffix_j),   prefix_i = sum of g from the start of the right block to i,
                                             suffix_j = sum of g after j to the end of the left block,
 
-and with g <= 0 both factors lie in [0, 1]: no overflow, no clamping, and underflow only where D_ij itself underflows.  Every
-pair i > j meets at exactly one level, and the log2(C) levels cover the strict lower triangle.  The sums are built from g
-itself, never as a difference of two long cumulative sums, so a reset (g = -1000) costs its neighbours no digits.  Nothing
-looks past row i: causality holds bit for bit.
+and with g <= 0 both factors lie in [0, 1]: no overflow, no clamping, and underflow only where D_ij itself underflows.
+ Every pair i > j meets at exactly one level, and the log2(C) levels cover the strict lower triangle.  The sums are
+ built from g
+itself, never as a difference of two long cumulative sums, so a reset (g = -1000) costs its neighbours no digits.
+Nothing looks past row i: causality holds bit for bit.
 
-The levels m = 1, 2, 4, 8 lie inside tiles of 16 rows and are taken together: one product of a constant 0/1 matrix with g
-makes their sums, one batched product per side makes their pairs, a mask keeps each pair at its level.  Taken one by one
-they would be products too small to be fast and, compiled, three times as many kernels.  The levels m = 16 and 32 above
-them are taken one after another.
+The levels m = 1, 2, 4, 8 lie inside tiles of 16 rows and are taken together: one product of a constant 0/1 matrix
+with g makes their sums, one batched product per side makes their pairs, a mask keeps each pair at its level.  Taken
+one by one they would be products too small to be fast and, compiled, three times as many kernels.  The levels m = 16
+and 32 above them are taken one after another.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class Decay(NamedTuple):
     """Decay factors of M chunks of C rows, which are M * C / 16 tiles."""
 
     tile: Tensor
-    """Factor of each row at levels m = 1, 2, 4, 8: exp(prefix) in right blocks, exp(suffix) in left ones, [M', 4, 16, K]."""
+    """exp(prefix) in right blocks, exp(suffix) in left ones, at m = 1, 2, 4, 8: [M', 4, 16, K] for M' tiles."""
     levels: list[tuple[Tensor, Tensor]]
-    """For m = 16, 32, ..., C / 2: (exp(prefix) of the right blocks, exp(suffix) of the left blocks), each [M, C/2m, m, K]."""
+    """exp(prefix) of the right blocks and exp(suffix) of the left ones, at m = 16, 32: each [M, C/2m, m, K]."""
     from_start: Tensor
     """exp(g_1 + ... + g_i): from the chunk's start up to and with row i, [M, C, K]."""
     to_end: Tensor
@@ -72,7 +74,7 @@ def tiles(x: Tensor) -> Tensor:
 
 
 def tile_masks(like: Tensor) -> Tensor:
-    """Return, per level, which pairs (i, j) of a tile meet there: i in a right block, j in its left neighbour, [4, 16, 16]."""
+    """Return which pairs (i, j) of a tile meet at each level, i right and j left of a boundary: [4, 16, 16]."""
     m, i, j = _level_rows_columns(like)
     same_pair = i // (2 * m) == j // (2 * m)
     return (same_pair & (i % (2 * m) >= m) & (j % (2 * m) < m)).to(like.dtype)
@@ -103,7 +105,8 @@ def decay_tree_backward(grads: DecayGrads) -> Tensor:
     for d_right, d_left in reversed(grads.levels):
         prefix_left, prefix_right = pairs(d_prefix, m)
         suffix_left, suffix_right = pairs(d_suffix, m)
-        # The right half's prefix contains the left block's total, its prefix's last row; mirrored for the left half's suffix.
+        # The right half's prefix contains the left block's total, its prefix's last row; mirrored for the left half's
+        # suffix.
         prefix_left = _add_to_last_row(prefix_left, prefix_right.sum(2, keepdim=True))
         prefix_right = _add_to_last_row(prefix_right + d_right, suffix_left.sum(2, keepdim=True))
         d_prefix = join(prefix_left, prefix_right)
@@ -118,7 +121,7 @@ def _add_to_last_row(x: Tensor, row: Tensor) -> Tensor:
 
 
 def _tile_sums(like: Tensor) -> Tensor:
-    """Return the 0/1 matrix ``[(4 + 2) * 16, 16]`` that sums a tile's g: per level, then prefix (inclusive), then suffix."""
+    """Return the 0/1 matrix ``[(4 + 2) * 16, 16]`` that sums a tile's g per level, then to its prefix and suffix."""
     m, i, j = _level_rows_columns(like)
     start_of_right = i // m * m
     end_of_left = start_of_right + m - 1

@@ -72,7 +72,7 @@ def check_gate_parameters(
 def gate_backward(
     d_log_decay: Tensor, g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, lower_bound: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of `kda_gate` with respect to z (same shape as g), A_log ``[HV]`` and dt_bias ``[HV, K]``."""
+    """Compute the gradients of `kda_gate` for z (and so g), A_log ``[HV]`` and dt_bias ``[HV, K]``."""
     slope, z = _slope_and_argument(g, A_log, dt_bias)
     if lower_bound is None:
         dz = -slope * torch.sigmoid(z) * d_log_decay

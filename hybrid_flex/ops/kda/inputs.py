@@ -1,4 +1,4 @@
-"""What every KDA operator does to its arguments: check them, activate the raw ones, and send gradients back through that."""
+"""What every KDA operator does to its arguments: check them, activate the raw ones, send gradients back."""
 
 from __future__ import annotations
 
@@ -109,7 +109,9 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def initial_state_or_zeros(raw: Raw, initial_state: Tensor | None, cu_seqlens: Tensor | None, state_v_first: bool) -> Tensor:
+def initial_state_or_zeros(
+    raw: Raw, initial_state: Tensor | None, cu_seqlens: Tensor | None, state_v_first: bool
+) -> Tensor:
     """Return the initial state ``[N, HV, K, V]``, zeros where there is none."""
     if initial_state is not None:
         return initial_state.mT if state_v_first else initial_state

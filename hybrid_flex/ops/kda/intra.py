@@ -2,8 +2,8 @@
 
     Aqk_ij = <q_i, D_ij k_j>   i >= j          L_ij = beta_i <k_i, D_ij k_j>   i > j
 
-Each level of the decay tree (NOTE [Decay tree] in decay.py) contributes the products of right rows ``[q; beta k]`` with left
-columns ``k``, both decayed to the boundary between their blocks.
+Each level of the decay tree (NOTE [Decay tree] in decay.py) contributes the products of right rows ``[q; beta k]``
+with left columns ``k``, both decayed to the boundary between their blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decay import TILE_SIZE, Decay, DecayGrads, join, pairs, tile_masks, tiles
+from .decay import TILE_SIZE, Decay, join, pairs, tile_masks, tiles
 
 
 def intra_chunk(q: Tensor, k: Tensor, k_beta: Tensor, decay: Decay) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def _tile_operands(q: Tensor, k: Tensor, k_beta: Tensor, decay: Decay) -> tuple[
 def _level_operands(
     q: Tensor, k: Tensor, k_beta: Tensor, row_decay: Tensor, column_decay: Tensor, m: int
 ) -> tuple[Tensor, Tensor]:
-    """Return decayed ``[q; beta k]`` of the right blocks ``[M, n, 2m, K]`` and decayed k of the left ones ``[M, n, m, K]``."""
+    """Return decayed ``[q; beta k] [M, n, 2m, K]`` of right blocks and decayed ``k [M, n, m, K]`` of left ones."""
     rows = torch.cat((pairs(q, m)[1] * row_decay, pairs(k_beta, m)[1] * row_decay), 2)
     return rows, pairs(k, m)[0] * column_decay
 
@@ -92,7 +92,7 @@ def _diagonal_blocks(x: Tensor, n: int) -> Tensor:
 
 
 def _cross_blocks(x: Tensor, m: int) -> Tensor:
-    """Return the blocks of ``[M, C, C]`` whose rows lie in a right block and columns in its left neighbour, [M, n, m, m]."""
+    """Return the blocks of ``[M, C, C]`` that cross from left columns to right rows, ``[M, n, m, m]``."""
     n = x.shape[-1] // (2 * m)
     blocks = x.unflatten(1, (n, 2, m))[:, :, 1].unflatten(-1, (n, 2, m))[..., 0, :]
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)

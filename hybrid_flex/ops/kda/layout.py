@@ -1,4 +1,4 @@
-"""Token order and chunk order: how ``[B, T, H, X]`` becomes ``[NC, B * H, C, X]`` and back, packed sequences included."""
+"""Token order and chunk order: ``[B, T, H, X]`` into ``[NC, B * H, C, X]`` and back, packed sequences included."""
 
 from __future__ import annotations
 

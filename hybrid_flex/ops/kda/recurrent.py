@@ -163,11 +163,11 @@ def _fused_recurrent_kda(
         tokens += (owner[:, None],)
 
     def step(S: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *token, owner = xs if cu_seqlens is not None else (*xs, None)
-        if owner is None:
-            o, S = _advance(S, *token)
+        if cu_seqlens is None:
+            o, S = _advance(S, *xs)
             return S, (o,)
         # The carry holds the states of all packed sequences; this token advances the one it belongs to.
+        *token, owner = xs
         o, advanced = _advance(S.index_select(0, owner), *token)
         return S.index_copy(0, owner, advanced), (o,)
 
@@ -202,7 +202,7 @@ torch.library.register_autograd("hybrid_flex::fused_recurrent_kda", backward, se
 
 
 def _advance(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Advance states ``[..., K, V]`` by one token of ``q, k, g [..., K]``, ``v [..., V]``, ``beta [..., 1]``; q is scaled."""
+    """Advance states ``[..., K, V]`` by a token: scaled q, k, g ``[..., K]``, v ``[..., V]``, beta ``[..., 1]``."""
     S = g.exp()[..., None] * S
     prediction = (k[..., None, :] @ S).squeeze(-2)
     S = S + (beta * k)[..., None] * (v - prediction)[..., None, :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,7 +64,7 @@ def kda_reference(
         spans = [(b, 0, q.shape[1]) for b in range(q.shape[0])]
     else:
         bounds = cu_seqlens.tolist()
-        spans = [(0, start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+        spans = [(0, start, end) for start, end in itertools.pairwise(bounds)]
     outputs, finals = [], []
     for n, (b, start, end) in enumerate(spans):
         S = q.new_zeros(HV, K, V) if initial_state is None else initial_state[n].to(dtype)

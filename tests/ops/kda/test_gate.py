@@ -58,7 +58,11 @@ def test_extremes_stay_finite_and_never_positive() -> None:
         ({"A_log": torch.zeros(2)}, ValueError, "kda_gate: A_log must have HV = 3 elements, got shape (2,)"),
         ({"dt_bias": torch.zeros(4)}, ValueError, "kda_gate: dt_bias must have HV * K = 12 elements, got shape (4,)"),
         ({"lower_bound": 0.5}, ValueError, "kda_gate: lower_bound must be negative, got 0.5"),
-        ({"g": torch.zeros(2, 3, 4).int()}, TypeError, "kda_gate: g must have dtype bfloat16, float16, float32, float64"),
+        (
+            {"g": torch.zeros(2, 3, 4).int()},
+            TypeError,
+            "kda_gate: g must have dtype bfloat16, float16, float32, float64",
+        ),
         ({"g": torch.zeros(3)}, ValueError, "kda_gate: g must be [..., HV, K], got shape (3,)"),
     ],
     ids=["no-slope", "A_log-size", "dt_bias-size", "positive-bound", "dtype", "rank"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def test_equals_the_matrix_loop(bounds: list[int] | None, v_first: bool) -> None
     B, T, H, HV, K, V = (2 if bounds is None else 1), 10, 2, 4, 5, 3
     q, k = torch.randn(2, B, T, H, K).double()
     v, g, beta = torch.randn(B, T, HV, V).double(), -torch.rand(B, T, HV, K).double(), torch.rand(B, T, HV).double()
-    spans = [(b, 0, T) for b in range(B)] if bounds is None else [(0, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    spans = [(b, 0, T) for b in range(B)] if bounds is None else [(0, a, b) for a, b in itertools.pairwise(bounds)]
     states = torch.randn(len(spans), HV, K, V).double()
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
     initial = states.mT if v_first else states
