@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,12 +48,22 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mla-rope-qlora": lambda: DeepSeekSparseMLA(D, 4, rope_dim=4, q_lora_rank=12, **LATENT, **INDEX),
     "mla-kpool4": lambda: DeepSeekSparseMLA(D, 4, index_kpool=4, **LATENT, **INDEX),
     "mla-expanded": lambda: DeepSeekSparseMLA(D, 4, form="expanded", **LATENT, **INDEX),
-    "sequential": lambda: SequentialHybrid(kda(), dsa()),
-    "parallel": lambda: ParallelHybrid(kda(), dsa()),
+    # A short chunk: half the nodes in the graph, half the time to compile it.
+    "sequential": lambda: SequentialHybrid(KimiDeltaAttention(D, 2, 16, chunk_size=16), dsa()),
+    "parallel": lambda: ParallelHybrid(KimiDeltaAttention(D, 2, 16, chunk_size=16), dsa()),
 }
 PACKABLE = [name for name in LAYERS if "kpool" not in name]
 # One name per code path of the compiler; the others differ by sizes.
-COMPILED = ["kda", "dense-gqa", "dsa-gqa-rope", "dsa-mqa-kpool4", "mla-rope-qlora", "mla-kpool4", "sequential", "parallel"]
+COMPILED = [
+    "kda",
+    "dense-gqa",
+    "dsa-gqa-rope",
+    "dsa-mqa-kpool4",
+    "mla-rope-qlora",
+    "mla-kpool4",
+    "sequential",
+    "parallel",
+]
 every_layer = pytest.mark.parametrize("name", LAYERS)
 # Summing in another order moves a float32 output of order 1 by a few 1e-7.
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}
@@ -114,7 +125,7 @@ def test_packed_equals_separate(name: str, dtype: torch.dtype) -> None:
     layer, x = build(name), torch.randn(1, 75, D)
     bounds = [0, 1, 1, 40, 70, 75]
     packed, state = layer(x, cu_seqlens=torch.tensor(bounds, dtype=dtype))
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         if end > begin:
             torch.testing.assert_close(packed[:, begin:end], layer(x[:, begin:end])[0], **CLOSE)
     if name.startswith("kda"):
@@ -185,10 +196,13 @@ def test_one_graph_for_all_sizes_forward_and_backward(name: str) -> None:
     layer = build(name)
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    # A second symbol doubles the time to trace the many nodes of KDA; export has both dynamic for every layer.
+    any_batch = "dsa" in name or "mla" in name
     for batch, length in ((2, 130), (3, 70), (4, 97)):
-        x = torch.randn(batch, length, D)
-        torch._dynamo.mark_dynamic(x, 0)
+        x = torch.randn(batch if any_batch else 2, length, D)
         torch._dynamo.mark_dynamic(x, 1)
+        if any_batch:
+            torch._dynamo.mark_dynamic(x, 0)
         y, expected = compiled(x)[0], layer(x)[0]
         torch.testing.assert_close(y, expected, **CLOSE)
         got, want = gradients(layer, y), gradients(layer, expected)
@@ -200,7 +214,7 @@ def test_one_graph_for_all_sizes_forward_and_backward(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["kda", "dsa-gqa-rope", "mla-rope-qlora", "dsa-mqa-kpool4"])
+@pytest.mark.parametrize("name", ["kda", "dsa-gqa-rope", "dsa-mqa-kpool4"])
 def test_decoding_and_packing_stay_in_few_graphs(name: str) -> None:
     """Automatic dynamic shapes: a graph for the first size and one for all others."""
     layer = build(name)
@@ -218,8 +232,10 @@ def test_decoding_and_packing_stay_in_few_graphs(name: str) -> None:
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for bounds in ([0, 10, 70], [0, 3, 3, 100, 130], [0, 50, 60, 90, 95, 97]):
         x, cu_seqlens = torch.randn(1, bounds[-1], D), torch.tensor(bounds)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(cu_seqlens, 0)
         torch.testing.assert_close(compiled(x, None, cu_seqlens)[0], layer(x, None, cu_seqlens)[0], **CLOSE)
-    assert backend.frame_count <= 2
+    assert backend.frame_count == 1
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
