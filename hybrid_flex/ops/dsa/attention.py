@@ -14,6 +14,8 @@ not grow with T or S.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ from hybrid_flex.ops.dsa.reference import reference_attention
 
 # NOTE [Gather workspace]: bytes of fetched rows that one block of queries may hold.  4 MiB stay in the caches of a
 # core: at J = 256 and 576 float32 columns 8 queries cost 85 us each on one Zen 5 core, 16 queries 130 us, 32 queries
-# 160 us.
+# 160 us.  The buffer is made once: fresh memory of this size costs more in page faults than the fetch itself.
 WORKSPACE_BYTES = 4 * 2**20
 
 
@@ -45,11 +47,22 @@ class _Rows:
     def __init__(self, table: Tensor, offset: int, head_stride: int, num_heads: int, width: int):
         self.table, self.offset = table, offset
         self.head_stride, self.num_heads, self.width = head_stride, num_heads, width
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def _buffer(self, num_rows: int, dtype: torch.dtype) -> Tensor:
+        """Lend a buffer ``[num_rows, span]``; the next fetch overwrites it."""
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.shape[0] < num_rows:
+            buffer = self._buffers[dtype] = self.table.new_empty(num_rows, self.table.shape[1], dtype=dtype)
+        return buffer[:num_rows]
 
     def fetch(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Fetch the rows named by ``slots [b, J]`` (-1 fetches row 0): ``[b, J, span]`` in ``dtype``."""
-        rows = self.table.index_select(0, slots.clamp_min(0).flatten())
-        return rows.view(*slots.shape, self.table.shape[1]).to(dtype)
+        """Fetch the rows named by ``slots [b, J]`` (-1 fetches row 0) into a buffer: ``[b, J, span]`` in ``dtype``."""
+        rows = self._buffer(slots.numel(), self.table.dtype)
+        torch.index_select(self.table, 0, slots.clamp_min(0).flatten(), out=rows)
+        if dtype != self.table.dtype:
+            rows = self._buffer(slots.numel(), dtype).copy_(rows)
+        return rows.view(*slots.shape, self.table.shape[1])
 
     def split(self, rows: Tensor) -> Tensor:
         """View the heads of fetched rows: ``[b, J, span] -> [b, Hkv, J, D]``."""
@@ -101,11 +114,21 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def _blocks(q: Tensor, rows_k: _Rows, rows_v: _Rows, shared: bool, num_slots: int, dtype: torch.dtype) -> list[slice]:
-    """Cut the queries into blocks whose fetched rows fit the workspace."""
-    span = rows_k.table.shape[1] + (0 if shared else rows_v.table.shape[1])
-    size = max(1, WORKSPACE_BYTES // max(1, num_slots * span * dtype.itemsize))
-    return [slice(start, min(start + size, q.shape[1])) for start in range(0, q.shape[1], size)]
+def _blocks(indices: Tensor, span: int, itemsize: int) -> Iterator[tuple[slice, Tensor]]:
+    """Cut ``indices [T, J]`` into blocks whose fetched rows of ``span`` elements fit the workspace.
+
+    On a CPU the columns that no query of a block uses are left out, and blocks without any key.
+    """
+    num_queries, num_slots = indices.shape
+    size = max(1, WORKSPACE_BYTES // max(1, num_slots * span * itemsize))
+    column = torch.arange(1, num_slots + 1, dtype=indices.dtype, device=indices.device)
+    for start in range(0, num_queries, size):
+        block = slice(start, min(start + size, num_queries))
+        slots = indices[block]
+        if slots.device.type == "cpu":
+            slots = slots[:, : int((column * (slots >= 0)).max())]
+        if slots.shape[1] > 0:
+            yield block, slots
 
 
 @torch.library.custom_op("hybrid_flex::sparse_attention_gather", mutates_args=())
@@ -121,17 +144,20 @@ def _gather_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: flo
     indices = indices[..., : min(indices.shape[-1], num_keys)]
     for b in range(batch_size):
         rows_k, rows_v, shared = _cache_rows(k[b], v[b])
-        for block in _blocks(q, rows_k, rows_v, shared, indices.shape[-1], dtype):
-            slots = indices[b, block]
+        span = rows_k.table.shape[1] + (0 if shared else rows_v.table.shape[1])
+        for block, slots in _blocks(indices[b], span, dtype.itemsize):
             fetched = rows_k.fetch(slots, dtype)
             q_b = (q[b, block].to(dtype) * scale).unflatten(1, heads)
             logits = _multiply(q_b, rows_k.split(fetched).transpose(2, 3))
             logits.masked_fill_((slots < 0)[:, None, None], float("-inf"))
-            lse_b = logits.logsumexp(-1, keepdim=True)
-            lse[b, block] = lse_b.flatten(1)
-            p = logits.sub_(lse_b.masked_fill_(lse_b == float("-inf"), 0.0)).exp_()
+            # A row without keys: its largest logit is -inf, which must not meet another -inf; its total is 0.
+            largest = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
+            weights = logits.sub_(largest).exp_()
+            total = weights.sum(-1, keepdim=True)
+            lse[b, block] = total.log().add_(largest).flatten(1)
             fetched = fetched if shared else rows_v.fetch(slots, dtype)
-            o[b, block] = _multiply(p, rows_v.split(fetched)).flatten(1, 2)
+            # Every other row's total is at least 1, the weight of its largest logit.
+            o[b, block] = _multiply(weights, rows_v.split(fetched)).div_(total.clamp_min_(1.0)).flatten(1, 2)
     return o, lse
 
 
@@ -173,8 +199,8 @@ def _backward(
         lse = lse.to(dtype).masked_fill(lse == float("-inf"), 0.0)
         for b in range(batch_size):
             rows_k, rows_v, shared = _cache_rows(k[b], v[b])
-            for block in _blocks(q, rows_k, rows_v, shared, indices.shape[-1], dtype):
-                slots = indices[b, block]
+            span = rows_k.table.shape[1] + (0 if shared else rows_v.table.shape[1])
+            for block, slots in _blocks(indices[b], 2 * span, dtype.itemsize):
                 fetched = rows_k.fetch(slots, dtype)
                 keys = rows_k.split(fetched)
                 values = rows_v.split(fetched if shared else rows_v.fetch(slots, dtype))
