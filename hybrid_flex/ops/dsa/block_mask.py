@@ -175,6 +175,7 @@ def block_topk_mask(
         TypeError: ``scores`` is not floating.
 
     Device: any.
+    Source: MoBA (arXiv:2502.13189), selection of whole blocks by their scores.
 
     Example:
         >>> block_topk_mask(torch.randn(2, 3, 3), 1, 300, 300).shape
