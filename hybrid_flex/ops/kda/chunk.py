@@ -253,16 +253,16 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     """Save the arguments of a KDA operator, and nothing else, for its backward."""
     tensors = (*inputs[:7], inputs[12], inputs[13])
     ctx.save_for_backward(*tensors)
-    ctx.options = (inputs[7:12], inputs[14:16], inputs[16] if len(inputs) > 16 else CHUNK_SIZES[0])
+    ctx.options = (inputs[7:12], inputs[14:])
 
 
 def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
     *raw, initial_state, cu_seqlens = ctx.saved_tensors
-    flags, (scale, state_v_first), chunk_size = ctx.options
-    grads = _chunk_kda_backward(d_o, d_final, *raw, *flags, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
+    flags, options = ctx.options
+    grads = _chunk_kda_backward(d_o, d_final, *raw, *flags, initial_state, cu_seqlens, *options)
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
-    return (*wanted[:7], *([None] * 5), wanted[7], *([None] * (len(ctx.needs_input_grad) - 13)))
+    return (*wanted[:7], *[None] * len(flags), wanted[7], None, *[None] * len(options))
 
 
 torch.library.register_autograd("hybrid_flex::chunk_kda", backward, setup_context=setup_context)

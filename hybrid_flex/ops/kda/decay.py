@@ -75,9 +75,9 @@ def tiles(x: Tensor) -> Tensor:
 
 def tile_masks(like: Tensor) -> Tensor:
     """Return which pairs (i, j) of a tile meet at each level, i right and j left of a boundary: [4, 16, 16]."""
-    m, i, j = _level_rows_columns(like)
-    same_pair = i // (2 * m) == j // (2 * m)
-    return (same_pair & (i % (2 * m) >= m) & (j % (2 * m) < m)).to(like.dtype)
+    level, i, j = _levels_rows_columns(like)
+    # Two rows meet where their numbers differ in bit ``level`` and in no higher one.
+    return (((i ^ j) >> level == 1) & (i > j)).to(like.dtype)
 
 
 def decay_tree(g: Tensor) -> Decay:
@@ -122,14 +122,12 @@ def _add_to_last_row(x: Tensor, row: Tensor) -> Tensor:
 
 def _tile_sums(like: Tensor) -> Tensor:
     """Return the 0/1 matrix ``[(4 + 2) * 16, 16]`` that sums a tile's g per level, then to its prefix and suffix."""
-    m, i, j = _level_rows_columns(like)
-    start_of_right = i // m * m
-    end_of_left = start_of_right + m - 1
-    level = torch.where(i % (2 * m) >= m, (start_of_right <= j) & (j <= i), (i < j) & (j <= end_of_left))
-    return torch.cat((level, (j <= i)[None], (i < j)[None])).to(like.dtype).flatten(0, 1)
+    level, i, j = _levels_rows_columns(like)
+    same_block, is_right = (i ^ j) >> level == 0, (i >> level) & 1 == 1
+    per_level = same_block & torch.where(is_right, j <= i, j > i)
+    return torch.cat((per_level, (j <= i)[None], (j > i)[None])).to(like.dtype).flatten(0, 1)
 
 
-def _level_rows_columns(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _levels_rows_columns(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(TILE_SIZE, device=like.device)
-    m = 2 ** torch.arange(TILE_LEVELS, device=like.device)
-    return m[:, None, None], rows[:, None], rows
+    return torch.arange(TILE_LEVELS, device=like.device)[:, None, None], rows[:, None], rows

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_flex.checks import FLOATING, check, check_dtype, check_rank, check_shape
+from hybrid_flex.checks import FLOATING, check, check_choice, check_dtype, check_rank, check_shape
 from hybrid_flex.ops.chunk_scan import chunk_scan
 
-from .chunk import backward, fake_outputs, setup_context
+from .chunk import CHUNK_SIZES, backward, fake_outputs, setup_context
 from .inputs import Raw, accumulation_dtype, activate, check_inputs, initial_state_or_zeros
 
 
@@ -82,10 +82,11 @@ def fused_recurrent_kda(
     dt_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     state_v_first: bool = False,
+    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
     """Run Kimi Delta Attention token after token: the form for decoding a few tokens per sequence.
 
-    Takes and returns what `chunk_kda` does (all but ``chunk_size``) and computes the same function::
+    Takes and returns what `chunk_kda` does and computes the same function::
 
         S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = scale * S_t^T q_t
@@ -109,6 +110,7 @@ def fused_recurrent_kda(
         dt_bias: bias of the gate, HV * K elements.
         cu_seqlens: boundaries of packed sequences, ``[N + 1]``, with B = 1.
         state_v_first: states are ``[N, HV, V, K]``.
+        chunk_size: tokens in a chunk of the backward, which is the chunked one: 16, 32 or 64.
 
     Returns:
         ``(o, final_state or None)``: o ``[B, T, HV, V]`` in the dtype of q.
@@ -117,7 +119,7 @@ def fused_recurrent_kda(
         ValueError: a shape, size, device or option breaks a rule.
         TypeError: a dtype is not supported, or a keyword is unknown.
 
-    Device: CPU and CUDA; differentiable (its backward is the chunked one).
+    Device: CPU and CUDA; differentiable.
 
     Source: Kimi Linear (arXiv:2510.26692), section 3; the keywords are those of flash-linear-attention.
 
@@ -125,11 +127,12 @@ def fused_recurrent_kda(
     >>> fused_recurrent_kda(q, k, v, -torch.rand(2, 1, 3, 16), torch.rand(2, 1, 3))[0].shape
     torch.Size([2, 1, 3, 16])
     """
+    check_choice("fused_recurrent_kda", "chunk_size", chunk_size, CHUNK_SIZES)
     flags = (use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, allow_neg_eigval, lower_bound)
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, *flags)
     check_inputs("fused_recurrent_kda", raw, initial_state, cu_seqlens, state_v_first, safe_gate)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, final_state = _fused_recurrent_kda(*raw, initial_state, cu_seqlens, scale, state_v_first)
+    o, final_state = _fused_recurrent_kda(*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
     return o, final_state if output_final_state else None
 
 
@@ -151,6 +154,7 @@ def _fused_recurrent_kda(
     cu_seqlens: Tensor | None,
     scale: float,
     state_v_first: bool,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
     x = activate(raw)
@@ -194,6 +198,7 @@ def _(
     cu_seqlens: Tensor | None,
     scale: float,
     state_v_first: bool,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     return fake_outputs(q, k, v, cu_seqlens, state_v_first)
 

@@ -34,11 +34,34 @@ def kda_reference(
         S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    Slow and plain: differentiable by autograd, in float64 for float64 inputs and in float32 otherwise. It reads
-    ``cu_seqlens`` on the host and checks nothing; `chunk_kda` documents the arguments.
+    Slow and plain, in float64 for float64 inputs and in float32 otherwise; `chunk_kda` explains the arguments at length.
+
+    Args:
+        q: queries, ``[B, T, H, K]``.
+        k: keys, ``[B, T, H, K]``.
+        v: values, ``[B, T, HV, V]``, HV a multiple of H.
+        g: log decay, or the raw gate, ``[B, T, HV, K]``.
+        beta: write strength, or its logit, ``[B, T, HV]``.
+        scale: factor of the output; None means ``K ** -0.5``.
+        initial_state: ``[N, HV, K, V]``; None means zero.
+        output_final_state: whether to return the state after the last token.
+        use_qk_l2norm_in_kernel: divide q and k by ``sqrt(sum x^2 + 1e-6)`` first.
+        use_gate_in_kernel: turn the raw gate into a log decay.
+        use_beta_sigmoid_in_kernel: apply the sigmoid to beta.
+        allow_neg_eigval: double the sigmoid's result.
+        lower_bound: smallest log decay of the lower-bound gate; None selects the softplus gate.
+        A_log: log slope of the gate, HV elements.
+        dt_bias: bias of the gate, HV * K elements.
+        cu_seqlens: boundaries of packed sequences, ``[N + 1]``, read on the host.
+        state_v_first: states are ``[N, HV, V, K]``.
 
     Returns:
-        ``(o, final_state)`` as `chunk_kda` returns them.
+        ``(o, final_state or None)``: o ``[B, T, HV, V]`` in the dtype of q, final_state in the dtype of the sums.
+
+    Raises:
+        RuntimeError: whatever torch raises where shapes do not fit; the specification checks nothing itself.
+
+    Device: any; differentiable by autograd.
 
     Source: Kimi Linear (arXiv:2510.26692), section 3.
 

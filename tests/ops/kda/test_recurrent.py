@@ -124,7 +124,7 @@ def test_opcheck(make_kda: Make, packed: bool, fresh_dynamo: None) -> None:
     x = make_kda(1, 4, 1, 4, 4, HV=2, num_sequences=3 if packed else None, raw=True, dtype=torch.float32, grad=False)
     x["initial_state"].requires_grad_()
     tensors = [x[n] for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
-    arguments = (*tensors, True, True, True, False, None, x["initial_state"], cu_seqlens, 0.5, False)
+    arguments = (*tensors, True, True, True, False, None, x["initial_state"], cu_seqlens, 0.5, False, 16)
     torch.library.opcheck(torch.ops.hybrid_flex.fused_recurrent_kda.default, arguments)
 
 
@@ -241,8 +241,10 @@ def test_recurrent_error_message() -> None:
     x = torch.zeros(2, 1, 2, 8)
     with pytest.raises(ValueError, match="fused_recurrent_kda: initial_state must be"):
         fused_recurrent_kda(x, x, x, x, x[..., 0], initial_state=torch.zeros(3, 2, 8, 8))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'chunk_size'"):
-        fused_recurrent_kda(x, x, x, x, x[..., 0], chunk_size=64)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="fused_recurrent_kda: chunk_size must be one of 16, 32, 64, got 8"):
+        fused_recurrent_kda(x, x, x, x, x[..., 0], chunk_size=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'head_first'"):
+        fused_recurrent_kda(x, x, x, x, x[..., 0], head_first=True)  # type: ignore[call-arg]
 
 
 def test_poisoned_memory(make_kda: Make, nan_memory: None) -> None:
