@@ -134,15 +134,16 @@ class DeepSeekSparseAttention(nn.Module):
         Args:
             x: hidden states ``[B, T, D]``.
             state: cache of the tokens before ``x``; None to begin.
-            cu_seqlens: int32 or int64 ``[N + 1]`` boundaries of sequences packed along T, with B = 1 and no state.
+            cu_seqlens: int32 or int64 ``[N + 1]`` boundaries of sequences packed along T, with B = 1, no state and no
+                pooled index keys (pools would straddle the boundaries).
             indices: a selection to attend to instead of this layer's own, int32 ``[B, T, J]``, -1 unused.
 
         Returns:
             ``y [B, T, D]`` and the grown cache; None instead of a cache for packed sequences.
 
         Raises:
-            ValueError: a shape does not fit, the state is of another batch size, a state comes with ``cu_seqlens``,
-                or a layer without an indexer gets no ``indices``.
+            ValueError: a shape does not fit, the state is of another batch size, a state or pooled index keys come with
+                ``cu_seqlens``, or a layer without an indexer gets no ``indices``.
         """
         y, state, _, _ = self.attend(x, state, cu_seqlens, indices=indices)
         return y, state

@@ -226,6 +226,22 @@ def test_one_graph_for_all_lengths_forward_and_backward(recompute: bool) -> None
     assert backend.frame_count == 1
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_inductor_gives_the_eager_gradients() -> None:
+    """With the default backend; a minute of C++ compilation, so not in a plain run."""
+    model, ids = build(pattern="KS"), tokens(2, 70)
+    compiled = torch.compile(model, fullgraph=True)
+    gradients = []
+    for logits in (compiled(ids)[0], model(ids)[0]):
+        model.zero_grad()
+        logits.square().mean().backward()
+        gradients.append((logits, {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], **CLOSE)
+    for name, gradient in gradients[1][1].items():
+        torch.testing.assert_close(gradients[0][1][name], gradient, **CLOSE, msg=name)
+
+
 @torch.no_grad()
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_decoding_stays_in_two_graphs() -> None:
