@@ -31,6 +31,10 @@ class RopeLayout(StrEnum):
     NONE = "none"
 
 
+# Torch 2.11 cannot trace the iteration of an enum class.
+_LAYOUTS = tuple(RopeLayout)
+
+
 def rope_cos_sin(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Tabulate the cosines and sines of the rotation angles ``position * theta^(-2 i / dim)``.
 
@@ -83,7 +87,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, layout: RopeLayout | str = R
         >>> apply_rope(torch.ones(2, 5, 3, 6), cos, sin, "interleaved").shape
         torch.Size([2, 5, 3, 6])
     """
-    check_choice(_OP, "layout", layout, tuple(RopeLayout))
+    check_choice(_OP, "layout", layout, _LAYOUTS)
     if layout == RopeLayout.NONE:
         return x
     check(x.dim() in (3, 4), _OP, "x", "have shape [B, T, E] or [B, T, H, E]", tuple(x.shape))
