@@ -75,7 +75,7 @@ def check_inputs(
     check(HV % H == 0, op, "v", f"have a number of heads that is a multiple of H = {H}", HV)
     check(1 <= K <= MAX_HEAD_DIM, op, "q", f"have a head width K from 1 to {MAX_HEAD_DIM}", K)
     check(1 <= V <= MAX_HEAD_DIM, op, "v", f"have a head width V from 1 to {MAX_HEAD_DIM}", V)
-    check(T >= 1, op, "q", "hold at least one token", f"shape {tuple(q.shape)}")
+    check(T >= 1, op, "q", "hold at least one token", tuple(q.shape))
     for name, tensor in (("k", k), ("v", v)):
         check_dtype(op, name, tensor, (q.dtype,))
     for name, tensor in (("g", g), ("beta", beta)):

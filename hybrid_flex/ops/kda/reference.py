@@ -34,7 +34,7 @@ def kda_reference(
         S_t = (I - beta_t k_t k_t^T) Diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T
         o_t = scale * S_t^T q_t
 
-    Slow and plain, in float64 for float64 inputs and in float32 otherwise; `chunk_kda` explains the arguments at length.
+    Slow and plain, in float64 for float64 inputs and in float32 otherwise; `chunk_kda` says more about the arguments.
 
     Args:
         q: queries, ``[B, T, H, K]``.
