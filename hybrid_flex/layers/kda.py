@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +149,7 @@ class KimiDeltaAttention(Float32Parameters):
         Raises:
             ValueError: a shape does not fit, or the state is of another batch size.
         """
-        return self._mix(x, state, cu_seqlens, partial(chunk_kda, chunk_size=self.chunk_size))
+        return self._mix(x, state, cu_seqlens, chunk_kda)
 
     def step(self, x_t: Tensor, state: KDAState) -> tuple[Tensor, KDAState]:
         """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``, with the recurrent form."""
@@ -201,6 +200,7 @@ class KimiDeltaAttention(Float32Parameters):
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             cu_seqlens=cu_seqlens,
+            chunk_size=self.chunk_size,
         )
         assert S is not None
         gate = self.g_b_proj(self.g_a_proj(x)).unflatten(-1, (self.num_v_heads, self.v_head_dim))
