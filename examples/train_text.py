@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,21 +80,28 @@ def measure_text(train: bytes, held_out: bytes) -> dict[str, float]:
     }
 
 
+class Run(NamedTuple):
+    """What training changes, and what a checkpoint holds."""
+
+    model: HybridLanguageModel
+    optimizers: list[torch.optim.Optimizer]
+    log: dict[str, Any]
+
+
 def make_model(args: argparse.Namespace) -> HybridLanguageModel:
-    return HybridLanguageModel(
-        HybridConfig(
-            vocab_size=256,
-            hidden_size=args.hidden_size,
-            pattern=args.pattern,
-            num_heads=args.hidden_size // 64,
-            kda_head_dim=32,
-            kda_v_head_dim=64,
-            chunk_size=32,
-            topk=args.topk,
-            index_heads=2,
-            index_head_dim=32,
-        )
+    config = HybridConfig(
+        vocab_size=256,
+        hidden_size=args.hidden_size,
+        pattern=args.pattern,
+        num_heads=args.hidden_size // 64,
+        kda_head_dim=32,
+        kda_v_head_dim=64,
+        chunk_size=32,
+        topk=args.topk,
+        index_heads=2,
+        index_head_dim=32,
     )
+    return HybridLanguageModel(config).to(args.device)
 
 
 def make_optimizers(model: HybridLanguageModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
@@ -124,19 +131,17 @@ def batch_of_step(text: Tensor, step: int, args: argparse.Namespace) -> tuple[Te
     return windows[:, :-1], windows[:, 1:]
 
 
-def train_step(
-    model: HybridLanguageModel, optimizers: list[torch.optim.Optimizer], ids: Tensor, targets: Tensor, progress: float
-) -> tuple[float, float]:
-    """Take one step; returns the bits per byte and the indexers' loss (nats).  ``progress`` runs from 0 to 1."""
+def train_step(run: Run, ids: Tensor, targets: Tensor, progress: float) -> tuple[float, float]:
+    """Take one step at ``progress`` (0 to 1) of the training; returns bits per byte and the indexers' loss (nats)."""
     factor = min(1.0, progress / 0.02 + 0.05) * min(1.0, (1.0 - progress) / 0.6 + 0.01)
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak"] * factor
     # One backward pass serves both losses: the indexer's reaches the indexers and nothing else, the other the rest.
     stage = "dense" if progress < DENSE_SHARE else "sparse"
-    logits, _, indexer_loss = model.forward_with_indexer_loss(ids, stage=stage)
+    logits, _, indexer_loss = run.model.forward_with_indexer_loss(ids, stage=stage)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     (loss + indexer_loss).backward()
-    for optimizer in optimizers:
+    for optimizer in run.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss.item() / math.log(2), indexer_loss.item()
@@ -158,25 +163,21 @@ def held_out_bits(model: HybridLanguageModel, text: Tensor, window: int, stride:
     return total / math.log(2) / (len(ids) - 1)
 
 
-def save_checkpoint(
-    folder: Path, model: HybridLanguageModel, optimizers: list[torch.optim.Optimizer], log: dict[str, Any]
-) -> None:
+def save_checkpoint(folder: Path, run: Run) -> None:
     """Write a checkpoint that appears whole or not at all, then remove the ones before it."""
-    final, partial = folder / f"checkpoint-{log['step']:06d}", folder / "checkpoint.partial"
+    final, partial = folder / f"checkpoint-{run.log['step']:06d}", folder / "checkpoint.partial"
     if final.exists():
         return
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    torch.save({"optimizers": [o.state_dict() for o in optimizers], "log": log}, partial / "training.pt")
+    run.model.save_pretrained(partial)
+    torch.save({"optimizers": [o.state_dict() for o in run.optimizers], "log": run.log}, partial / "training.pt")
     partial.rename(final)
     for older in folder.glob("checkpoint-*"):
         if older != final:
             shutil.rmtree(older)
 
 
-def load_checkpoint(
-    folder: Path, args: argparse.Namespace
-) -> tuple[HybridLanguageModel, list[torch.optim.Optimizer], dict[str, Any]]:
+def load_checkpoint(folder: Path, args: argparse.Namespace) -> Run:
     found = sorted(folder.glob("checkpoint-*"))
     if not found:
         raise SystemExit(f"--resume: no checkpoint in {folder}; start without it")
@@ -185,16 +186,10 @@ def load_checkpoint(
     saved = torch.load(found[-1] / "training.pt", map_location=args.device, weights_only=True)
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    return model, optimizers, saved["log"]
+    return Run(model, optimizers, saved["log"])
 
 
-def train(
-    model: HybridLanguageModel,
-    optimizers: list[torch.optim.Optimizer],
-    log: dict[str, Any],
-    texts: tuple[Tensor, Tensor],
-    args: argparse.Namespace,
-) -> bool:
+def train(run: Run, train_text: Tensor, held_out: Tensor, args: argparse.Namespace) -> bool:
     """Train until the time or the steps are over (True) or until Ctrl-C (False)."""
     interrupted = False
 
@@ -204,6 +199,7 @@ def train(
         signal.signal(signal.SIGINT, before)  # a second Ctrl-C ends at once
 
     before = signal.signal(signal.SIGINT, stop_after_this_step)
+    log = run.log
     start = time.monotonic() - log["seconds"]
     saved = evaluated = log["seconds"]
     total = args.steps or args.seconds
@@ -216,8 +212,8 @@ def train(
         if done == total:
             break
         step_start = time.monotonic()
-        ids, targets = batch_of_step(texts[0], log["step"], args)
-        bits, indexer_loss = train_step(model, optimizers, ids, targets, done / total)
+        ids, targets = batch_of_step(train_text, log["step"], args)
+        bits, indexer_loss = train_step(run, ids, targets, done / total)
         log["step"] += 1
         log["train"].append(bits)
         log["indexer"].append(indexer_loss)
@@ -225,14 +221,14 @@ def train(
         shown = f"{sum(recent) / len(recent):.3f} bits/byte, {speed:.0f} tokens/s, indexer's KL {indexer_loss:.3f}"
         bar.set_postfix_str(shown, refresh=False)
         if time.monotonic() - start - evaluated > args.eval_every:
-            log["held_out"].append((log["step"], held_out_bits(model, texts[1][:8192], args.seq_len, args.seq_len)))
+            log["held_out"].append((log["step"], held_out_bits(run.model, held_out[:8192], args.seq_len, args.seq_len)))
             evaluated = time.monotonic() - start
         log["seconds"] = time.monotonic() - start
         if log["seconds"] - saved > args.save_every:
-            save_checkpoint(args.out, model, optimizers, log)
+            save_checkpoint(args.out, run)
             saved = log["seconds"]
     bar.close()
-    save_checkpoint(args.out, model, optimizers, log)
+    save_checkpoint(args.out, run)
     signal.signal(signal.SIGINT, before)
     return not interrupted
 
@@ -259,14 +255,12 @@ def export_and_check(model: HybridLanguageModel, held_out: Tensor, path: Path) -
     return error
 
 
-def write_trace(
-    model: HybridLanguageModel, optimizers: list[torch.optim.Optimizer], text: Tensor, args: argparse.Namespace
-) -> None:
+def write_trace(run: Run, text: Tensor, args: argparse.Namespace) -> None:
     ids, targets = batch_of_step(text, 0, args)
     with hybrid_flex.profiling.trace(args.out / "trace", warmup=1, active=1, name="train_step") as profiler:
         for _ in range(2):
             with hybrid_flex.profiling.range("train step"):
-                train_step(model, optimizers, ids[:1], targets[:1], 1.0)
+                train_step(run, ids[:1], targets[:1], 1.0)
             profiler.step()
 
 
@@ -296,16 +290,18 @@ def main() -> None:
         torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (text[:split], text[split:])
     )
     if args.resume:
-        model, optimizers, log = load_checkpoint(args.out, args)
+        run = load_checkpoint(args.out, args)
     else:
-        model = make_model(args).to(args.device)
-        optimizers = make_optimizers(model, args)
-        log = {"step": 0, "seconds": 0.0, "train": [], "indexer": [], "held_out": []}
         for old in args.out.glob("checkpoint-*"):
             shutil.rmtree(old)
+        model = make_model(args)
+        run = Run(
+            model, make_optimizers(model, args), {"step": 0, "seconds": 0.0, "train": [], "indexer": [], "held_out": []}
+        )
+    model, log = run.model, run.log
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(text):,} bytes of text, {len(held_out):,} held out; {parameters:,} parameters on {args.device}")
-    if not train(model, optimizers, log, (train_text, held_out), args):
+    if not train(run, train_text, held_out, args):
         raise SystemExit("interrupted; the checkpoint is written, go on with --resume")
 
     bits = held_out_bits(model, held_out, 2 * args.seq_len, args.seq_len)
@@ -317,10 +313,10 @@ def main() -> None:
     model.eval()
     print_samples(model, args)
     error = export_and_check(model, held_out, args.out / "model.pt2")
-    print(f"exported, loaded back: largest difference from eager {error:.1e}")
-    write_trace(model, optimizers, train_text, args)
+    print(f"exported to model.pt2, loaded back: largest difference from eager {error:.1e}")
+    write_trace(run, train_text, args)
     results = {
-        "bits_per_byte": bits,
+        "this model": bits,
         **yardsticks,
         "parameters": parameters,
         "steps": log["step"],

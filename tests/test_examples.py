@@ -27,20 +27,13 @@ SHORT = {
     "train_indexer": [],
 }
 TINY = [
-    "--steps",
-    "6",
-    "--hidden-size",
-    "64",
-    "--seq-len",
-    "48",
-    "--topk",
-    "16",
-    "--batch-size",
-    "2",
-    "--sample-bytes",
-    "8",
-    "--device",
-    "cpu",
+    "--steps=6",
+    "--hidden-size=64",
+    "--seq-len=48",
+    "--topk=16",
+    "--batch-size=2",
+    "--sample-bytes=8",
+    "--device=cpu",
 ]
 
 
