@@ -8,6 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+
+# Each worker has a core to itself, in the processes that it starts too; torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
