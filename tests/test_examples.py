@@ -72,7 +72,8 @@ def train_text() -> ModuleType:
 
 
 def run_main(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_text.py", *TINY, *arguments])
+    Path("some.txt").write_bytes(module.read_text(None)[:6000])
+    monkeypatch.setattr(sys, "argv", ["train_text.py", "--text=some.txt", *TINY, *arguments])
     module.main()
 
 
