@@ -34,8 +34,8 @@ DSA_FULL_WIDTHS = DSA_WIDTHS | {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "r
 # the KDA gradients of A_log and dt_bias are sums over all tokens of terms that cancel, and lose the most.
 TOLERANCE = 1e-4
 # NOTE [Score tolerance]: two keys may swap places in a selection when their scores, relative to the row's largest,
-# differ by rounding only.  The largest part comes from the rotation: a frequency that is off by half a unit in the last place
-# (6e-8) turns position 8192 by 5e-4 too much.  A wrong indexer changes about a quarter of all keys.
+# differ by rounding only.  The largest part comes from the rotation: a frequency that is off by half a unit in the
+# last place (6e-8) turns position 8192 by 5e-4 too much.  A wrong indexer changes about a quarter of all keys.
 SCORE_TOLERANCE = 3e-4
 MAX_SWAPPED_ROWS = 0.02
 
