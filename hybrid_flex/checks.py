@@ -1,12 +1,13 @@
 """Argument checks: the only validators of the package.
 
-Every message reads ``"{op}: {argument} must {rule}, got {value}"``.  Shapes, dtypes and devices are compared on the host
-and cost nothing under ``torch.compile`` (they become guards); the contents of a tensor are never read on a GPU, because
-that would wait for the device.
+Every message reads ``"{op}: {argument} must {rule}, got {value}"``.  Shapes, dtypes and devices are compared on the
+host and cost nothing under ``torch.compile`` (they become guards); the contents of a tensor are never read on a GPU,
+because that would wait for the device.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def check_rank(op: str, argument: str, tensor: Tensor, legend: str) -> None:
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, shape: Sequence[int | None], legend: str) -> None:
-    """Raise ValueError unless ``tensor`` has exactly ``shape`` (None leaves a size free); ``legend`` names the sizes."""
+    """Raise ValueError unless ``tensor`` has exactly ``shape`` (None: any size), whose sizes ``legend`` names."""
     check_rank(op, argument, tensor, legend)
     for size, want in zip(tensor.shape, shape, strict=True):
         if want is not None and size != want:
@@ -72,5 +73,5 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch_size: int, num_tokens: i
         return
     values = cu_seqlens.tolist()
     check(values[0] == 0, op, "cu_seqlens", "start at 0", values[0])
-    check(all(a <= b for a, b in zip(values, values[1:], strict=False)), op, "cu_seqlens", "never decrease", values)
+    check(all(a <= b for a, b in itertools.pairwise(values)), op, "cu_seqlens", "never decrease", values)
     check(values[-1] == num_tokens, op, "cu_seqlens", f"end at T = {num_tokens}", values[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def chunk_scan(
-    step: Step, carry: Tensor, xs: tuple[Tensor, ...], sizes: tuple[int, ...]
+    step: Step, carry: Tensor, xs: tuple[Tensor, ...], sources: Iterable[Tensor | None]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Carry a state through slices of ``xs``: ``carry, ys[i] = step(carry, xs[i])`` for i = 0, 1, ...
 
@@ -20,8 +20,7 @@ def chunk_scan(
             dtype) and a tuple of tensors to stack. It must not write to its arguments.
         carry: the state before the first slice.
         xs: tensors that share their leading dimension, at least 1 long.
-        sizes: the sizes of the caller's arguments (B, T, ...) that shapes of ``carry`` and ``xs`` are computed from.
-            While a graph with dynamic shapes is lowered, every such size must be an input of the scan by itself.
+        sources: the tensors from whose sizes those of ``carry`` and ``xs`` are computed: the arguments of the operator.
 
     Returns:
         The last carry and the stacked ``ys``, each with the leading dimension of ``xs``.
@@ -40,8 +39,8 @@ def chunk_scan(
 
         # The carry goes in as a copy of its own: a scan may not alias its inputs either. Slices of dense tensors are
         # views; a tensor with gaps would be copied whole, once per slice, by the loop that a scan is lowered to.
-        symbols = tuple(s for s in sizes if isinstance(s, torch.SymInt))
-        last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], symbols)
+        witnesses = _size_witnesses(sources)
+        last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], witnesses)
         return last, tuple(stacked)
 
     outputs: list[tuple[Tensor, ...]] = []
@@ -49,6 +48,20 @@ def chunk_scan(
         carry, ys = step(carry, tuple(x[i] for x in xs))
         outputs.append(ys)
     return carry, tuple(torch.stack(column) for column in zip(*outputs, strict=True))
+
+
+def _size_witnesses(sources: Iterable[Tensor | None]) -> tuple[torch.SymInt | Tensor, ...]:
+    """Collect every dynamic size, once as a number and once as the length of an empty tensor.
+
+    # NOTE [Size witnesses]
+    Lowering a scan recomputes the shapes in it from symbols, and looks for those among the scan's own inputs.
+    Outside the loop it reads the numbers.  Inside it reads numbers and tensors, but where two sizes are equal (T of
+    q, T of k) the shapes speak of one symbol and the number may carry the other; the length of a tensor always
+    carries the right one.
+    """
+    sizes: list[int | torch.SymInt] = [size for tensor in sources if tensor is not None for size in tensor.shape]
+    symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
+    return (*symbols, *(torch.empty((size, 0)) for size in symbols))
 
 
 def _dense(x: Tensor) -> Tensor:

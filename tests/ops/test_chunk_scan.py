@@ -18,7 +18,7 @@ def step(S: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]
 
 @torch.library.triton_op("hybrid_flex_test::scan", mutates_args=())
 def scan(S: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    last, (states, sums) = chunk_scan(step, S, (a, b), (*a.shape, *b.shape))
+    last, (states, sums) = chunk_scan(step, S, (a, b), (S, a, b))
     return last.clone(), states, sums
 
 

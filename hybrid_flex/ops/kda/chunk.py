@@ -161,8 +161,8 @@ def _chunk_kda(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    sizes = (*q.shape, *v.shape, initial.shape[0])
-    states, v_new, final = _scan_states(x, initial, packing, sizes)
+    sources = (*raw[:5], initial_state, cu_seqlens)
+    states, v_new, final = _scan_states(x, initial, packing, sources)
     o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
     o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
@@ -218,11 +218,11 @@ def _chunk_kda_backward(
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
     initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
-    sizes = (*q.shape, *v.shape, initial.shape[0])
-    states, v_new, _ = _scan_states(x, initial, packing, sizes)
+    sources = (*raw[:5], initial_state, cu_seqlens, d_o, d_final)
+    states, v_new, _ = _scan_states(x, initial, packing, sources)
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
     d_final = d_final.mT if state_v_first else d_final
-    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sizes)
+    d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sources)
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
     dq, dk, dv, dg, d_beta = (to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads)
     active = Active(dq, dk, dv, dg, d_beta.squeeze(-1))
@@ -294,7 +294,7 @@ def _final_layout(state: Tensor, state_v_first: bool) -> Tensor:
 
 
 def _scan_states(
-    x: _Chunks, initial: Tensor, packing: Packing | None, sizes: tuple[int, ...]
+    x: _Chunks, initial: Tensor, packing: Packing | None, sources: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry the state through the chunks.
 
@@ -315,7 +315,7 @@ def _scan_states(
         v_new = torch.baddbmm(u, w, S, alpha=-1)
         return torch.baddbmm(total * S, k_to_end.mT, v_new), (S, v_new)
 
-    final, (states, v_new) = chunk_scan(step, start, xs, sizes)
+    final, (states, v_new) = chunk_scan(step, start, xs, sources)
     if packing is None:
         final = final.view(initial.shape)
     else:
@@ -327,7 +327,7 @@ def _scan_states(
 
 
 def _scan_states_backward(
-    x: _Chunks, dO: Tensor, d_final: Tensor, packing: Packing | None, sizes: tuple[int, ...]
+    x: _Chunks, dO: Tensor, d_final: Tensor, packing: Packing | None, sources: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Carry the state's gradient through the chunks in reverse.
 
@@ -350,7 +350,7 @@ def _scan_states_backward(
         d_v_new = torch.baddbmm(d_v, k_to_end, dS)
         return torch.baddbmm(total * dS + from_output, w.mT, d_v_new, alpha=-1), (dS, d_v_new)
 
-    d_initial, stacked = chunk_scan(step, start, xs, sizes)
+    d_initial, stacked = chunk_scan(step, start, xs, sources)
     d_states, d_v_new = (t.flip(0) for t in stacked)
     if packing is None:
         d_initial = d_initial.view(d_final.shape)

@@ -175,7 +175,7 @@ def _fused_recurrent_kda(
         o, advanced = _advance(S.index_select(0, owner), *token)
         return S.index_copy(0, owner, advanced), (o,)
 
-    final, (o,) = chunk_scan(step, start, tokens, (*q.shape, *v.shape, start.shape[0]))
+    final, (o,) = chunk_scan(step, start, tokens, (*raw[:5], initial_state, cu_seqlens))
     final = final.mT if state_v_first else final
     return o.transpose(0, 1).to(q.dtype).contiguous(), final.contiguous()
 
