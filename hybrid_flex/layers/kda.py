@@ -159,9 +159,10 @@ class KimiDeltaAttention(Float32Parameters):
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> KDAState:
-        """Make the all-zero state of ``batch_size`` sequences: ``S`` in float32, the convolution tails in ``dtype``.
+        """Make the all-zero state of ``batch_size`` sequences.
 
-        ``device`` and ``dtype`` are those of the weights unless given.
+        The convolution tails have ``dtype``, ``S`` is float32 (float64 if ``dtype`` is).  ``device`` and ``dtype`` are
+        those of the weights unless given.
         """
         device = self.q_conv.device if device is None else device
         dtype = self.q_conv.dtype if dtype is None else dtype
@@ -169,7 +170,8 @@ class KimiDeltaAttention(Float32Parameters):
             torch.zeros(batch_size, self.conv_size - 1, taps.shape[0], device=device, dtype=dtype)
             for taps in (self.q_conv, self.k_conv, self.v_conv)
         ]
-        S = torch.zeros(batch_size, self.num_v_heads, self.head_dim, self.v_head_dim, device=device)
+        S_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        S = torch.zeros(batch_size, self.num_v_heads, self.head_dim, self.v_head_dim, device=device, dtype=S_dtype)
         return KDAState(S, *tails)
 
     def _mix(

@@ -136,3 +136,11 @@ def test_state_of_another_layer_is_refused() -> None:
     state: KDAState = KimiDeltaAttention(32, 4, 8).init_state(2)
     with pytest.raises(ValueError, match=r"state.S must be \[N, 2, 16, 16\], got shape \(2, 4, 8, 8\)"):
         KimiDeltaAttention(32, 2, 16)(torch.randn(2, 3, 32), state)
+
+
+def test_state_of_a_float64_layer_is_float64() -> None:
+    layer = KimiDeltaAttention(16, num_heads=2, head_dim=8).double()
+    state = layer.init_state(2)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, state)[0], layer(x)[0], rtol=0, atol=0)
+    assert state.S.dtype == torch.float64 and layer.bfloat16().init_state(2).S.dtype == torch.float32

@@ -59,7 +59,8 @@ def rope_cos_sin(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[T
     check(dim > 0 and dim % 2 == 0, "rope_cos_sin", "dim", "be even and positive", dim)
     dtype = torch.float64 if positions.dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim
-    angles = positions.to(dtype)[..., None] * theta**-exponents
+    # Written as the published models compute it: a frequency rounded otherwise turns far positions by another angle.
+    angles = positions.to(dtype)[..., None] * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
