@@ -81,6 +81,7 @@ def to_tokens(x: Tensor, batch_size: int, num_tokens: int, packing: Packing | No
     """Undo `to_chunks`: ``[NC, B * H, C, X]`` into ``[B, T, H, X]``."""
     num_heads = x.shape[1] // batch_size
     x = x.unflatten(1, (batch_size, num_heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-    # A slice would do without packing, but whether it is dense depends on T: a compiled graph would be fixed to the
-    # answer.
-    return x.index_select(1, torch.arange(num_tokens, device=x.device) if packing is None else packing.row)
+    if packing is not None:
+        return x.index_select(1, packing.row)
+    # A copy either way: asking whether the slice is dense would fix a compiled graph to lengths of the same answer.
+    return x[:, :num_tokens].clone(memory_format=torch.contiguous_format)
