@@ -83,5 +83,6 @@ def to_tokens(x: Tensor, batch_size: int, num_tokens: int, packing: Packing | No
     x = x.unflatten(1, (batch_size, num_heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
     if packing is not None:
         return x.index_select(1, packing.row)
-    # A copy either way: asking whether the slice is dense would fix a compiled graph to lengths of the same answer.
+    # Always a copy: a slice that fills its chunks is dense already, and keeping it would fix a compiled graph, traced
+    # with another length, to lengths that do not fill theirs.
     return x[:, :num_tokens].clone(memory_format=torch.contiguous_format)
