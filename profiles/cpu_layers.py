@@ -43,7 +43,7 @@ import transformers
 from tqdm import tqdm
 from transformers_peers import COMPILED, CONTENDERS, CONTESTS, EAGER, HIDDEN, PEER, TOLERANCE, Contest, gate
 
-MAX_SECONDS, MAX_BYTES = 60.0, 12 * 2**30
+MAX_SECONDS, MAX_BYTES = 8.0, 12 * 2**30
 """The peer is left out at a length where a call is foreseen to take more than this."""
 ROUND_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 12.0, 5, 25
 MIB = 2**20
