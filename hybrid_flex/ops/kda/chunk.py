@@ -168,27 +168,16 @@ def _chunk_kda(
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
 
 
-@_chunk_kda.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    l2norm: bool,
-    gate: bool,
-    sigmoid: bool,
-    neg_eigval: bool,
-    lower_bound: float | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_v_first: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    return fake_outputs(q, k, v, cu_seqlens, state_v_first)
+def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return output and final state of a KDA operator as shapes and dtypes only."""
+    raw, cu_seqlens, state_v_first = Raw(*arguments[:12]), arguments[13], arguments[15]
+    K, (B, _, HV, V) = raw.k.shape[-1], raw.v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dims = (V, K) if state_v_first else (K, V)
+    return raw.q.new_empty(raw.v.shape), raw.q.new_empty((N, HV, *dims), dtype=accumulation_dtype(raw.q))
+
+
+_chunk_kda.register_fake(fake)
 
 
 @torch.library.triton_op("hybrid_flex::chunk_kda_backward", mutates_args=())
@@ -237,16 +226,6 @@ def _(d_o: Tensor, d_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(
         raw.q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
     )
-
-
-def fake_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state_v_first: bool
-) -> tuple[Tensor, Tensor]:
-    """Return output and final state of a KDA operator as shapes and dtypes only."""
-    K, (B, _, HV, V) = k.shape[-1], v.shape
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dims = (V, K) if state_v_first else (K, V)
-    return q.new_empty(v.shape), q.new_empty((N, HV, *dims), dtype=accumulation_dtype(q))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

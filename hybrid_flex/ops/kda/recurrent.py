@@ -8,7 +8,7 @@ from torch import Tensor
 from hybrid_flex.checks import FLOATING, check, check_choice, check_dtype, check_rank, check_shape
 from hybrid_flex.ops.chunk_scan import chunk_scan
 
-from .chunk import CHUNK_SIZES, backward, fake_outputs, setup_context
+from .chunk import CHUNK_SIZES, backward, fake, setup_context
 from .inputs import Raw, accumulation_dtype, activate, check_inputs, initial_state_or_zeros
 
 
@@ -180,29 +180,7 @@ def _fused_recurrent_kda(
     return o.transpose(0, 1).to(q.dtype).contiguous(), final.contiguous()
 
 
-@_fused_recurrent_kda.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    l2norm: bool,
-    gate: bool,
-    sigmoid: bool,
-    neg_eigval: bool,
-    lower_bound: float | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_v_first: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
-    return fake_outputs(q, k, v, cu_seqlens, state_v_first)
-
-
+_fused_recurrent_kda.register_fake(fake)
 torch.library.register_autograd("hybrid_flex::fused_recurrent_kda", backward, setup_context=setup_context)
 
 
