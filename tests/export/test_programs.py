@@ -60,6 +60,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "mla": lambda: DeepSeekSparseMLA(
         32, 2, kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=8, rope_dim=4, topk=4, index_heads=2, index_head_dim=8
     ),
+    "sequential": lambda: SequentialHybrid(LAYERS["kda"](), LAYERS["mla"]()),  # type: ignore[arg-type]
     "parallel": lambda: ParallelHybrid(LAYERS["kda"](), LAYERS["dsa"]()),  # type: ignore[arg-type]
     "block": lambda: HybridBlock(language_model("KS").config, "S"),
     "stack": lambda: LayerWiseHybrid(language_model("KS").config),
@@ -136,6 +137,31 @@ def test_saved_program_runs_in_a_fresh_process(tmp_path: Path, fresh_process: Ca
     torch.save(expected, tmp_path / "expected.pt")
     printed = fresh_process(FRESH_LOAD, tmp_path / "new folder" / "model.pt2", tmp_path / "expected.pt")
     assert printed.split() == ["KDAState", "DSAState", "DSAState", "KVState"]
+
+
+FRESH_LOAD_LAYERS = """
+import sys, torch
+from pathlib import Path
+from hybrid_flex.export import load
+from torch.utils import _pytree as pytree
+for path in sorted(Path(sys.argv[1]).glob("*.pt2")):
+    module = load(path).module()
+    for x, want in torch.load(path.with_suffix(".pt")):
+        for got, expected in zip(pytree.tree_leaves(module(x)), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    print(path.stem)
+"""
+
+
+def test_every_layer_runs_in_a_fresh_process(tmp_path: Path, fresh_process: Callable[..., str]) -> None:
+    for name, make in LAYERS.items():
+        torch.manual_seed(0)
+        layer = make()
+        save(export_prefill(layer), tmp_path / f"{name}.pt2")
+        inputs = [torch.randn(batch_size, length, 32) for batch_size, length in SIZES]
+        with torch.no_grad():
+            torch.save([(x, pytree.tree_leaves(layer(x))) for x in inputs], tmp_path / f"{name}.pt")
+    assert fresh_process(FRESH_LOAD_LAYERS, tmp_path).split() == sorted(LAYERS)
 
 
 class Twice(nn.Module):
