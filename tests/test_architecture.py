@@ -176,3 +176,17 @@ def test_the_walker_sees_a_violation(module: str, source: str, complaint: str) -
 )
 def test_the_walker_lets_the_rest_pass(module: str, source: str) -> None:
     assert not violations(source, module, is_package=module == "hybrid_flex")
+
+
+def test_what_is_silently_wrong_in_torch_and_triton_is_not_used() -> None:
+    # Gradients through torch's while_loop are wrong unless every carry requires one; a scan has a backward of our own.
+    # Triton's interpreter computes garbage in bfloat16: what runs under it must be float32 or float16.
+    root = Path(__file__).resolve().parent.parent
+    for path in sorted((root / "hybrid_flex").rglob("*.py")):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert "while_loop" not in names, path
+    for path in sorted((root / "tests").rglob("*.py")):
+        source = path.read_text()
+        if path != Path(__file__).resolve() and "TRITON_INTERPRET" in source:
+            assert "bfloat16" not in source, path
