@@ -183,8 +183,9 @@ def test_what_is_silently_wrong_in_torch_and_triton_is_not_used() -> None:
     # Triton's interpreter computes garbage in bfloat16: what runs under it must be float32 or float16.
     root = Path(__file__).resolve().parent.parent
     for path in sorted((root / "hybrid_flex").rglob("*.py")):
-        names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        names |= {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {node.id for node in nodes if isinstance(node, ast.Name)}
         assert "while_loop" not in names, path
     for path in sorted((root / "tests").rglob("*.py")):
         source = path.read_text()
