@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hybrid_flex.layers import KDAState, KimiDeltaAttention
 
@@ -144,3 +145,30 @@ def test_state_of_a_float64_layer_is_float64() -> None:
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     torch.testing.assert_close(layer(x, state)[0], layer(x)[0], rtol=0, atol=0)
     assert state.S.dtype == torch.float64 and layer.bfloat16().init_state(2).S.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    "lengths", [(100, 64 * 18, 4200), pytest.param((64, 40, 5), marks=pytest.mark.slow)], ids=["chunks", "one-chunk"]
+)
+def test_inductor_trains_all_lengths_in_one_graph(lengths: tuple[int, ...]) -> None:
+    """Inductor chooses another order for long float32 sums, and asks whether a slice is dense: no guard may come of it.
+
+    Lengths of several chunks share a graph, and so do those of one chunk (torch gives the size 1 a graph of its own).
+    """
+    torch.manual_seed(0)
+    layer = KimiDeltaAttention(24, 2, 16)
+    backend = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for length in lengths:
+        x = torch.randn(1, length, 24)
+        torch._dynamo.mark_dynamic(x, 1)
+        grads = []
+        for forward in (compiled, layer):
+            layer.zero_grad()
+            forward(x)[0].square().mean().backward()
+            grads.append({name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None})
+        for name, want in grads[1].items():
+            error = (grads[0][name] - want).norm() / want.norm()
+            assert error < 1e-5, f"{name}: {error:.1e}"
+    assert backend.frame_count == 1

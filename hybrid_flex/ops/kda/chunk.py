@@ -214,7 +214,7 @@ def _chunk_kda_backward(
     d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sources)
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
     dq, dk, dv, dg, d_beta = (to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads)
-    active = Active(dq, dk, dv, dg, d_beta.squeeze(-1))
+    active = Active(dq, dk, dv, dg, d_beta)
     d_initial = q.new_empty(0) if initial_state is None else _final_layout(d_initial, state_v_first)
     return tuple(t.contiguous() for t in (*activate_backward(raw, active), d_initial))  # type: ignore[return-value]
 
@@ -345,7 +345,7 @@ def _scan_states_backward(
 def _prepare_backward(
     x: _Chunks, S: Tensor, v_new: Tensor, dO: Tensor, dS: Tensor, d_v_new: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of the chunked q, k, v, g and beta, each ``[M, C, ...]``.
+    """Compute the gradients of the chunked q, k, v and g, each ``[M, C, X]``, and beta ``[M, C]``.
 
     With ``X = (I + L)^-1 Y`` the gradients are ``dY = (I + L)^-T dX`` and ``dL = -dY X^T``; here ``X = [u, w]``,
     ``dX = [d_v_new, -d_v_new S^T]`` and ``Y = [beta v, P beta k]``.
@@ -364,9 +364,12 @@ def _prepare_backward(
     dq = dq + d_q_from_start * from_start
     dk_beta = dk_beta + d_k_from_start * from_start
     dk = dk + d_k_to_end * to_end + dk_beta * x.beta
-    d_beta = (d_v_beta * x.v).sum(-1, keepdim=True) + (dk_beta * x.k).sum(-1, keepdim=True)
+    d_beta = (d_v_beta * x.v).sum(-1) + (dk_beta * x.k).sum(-1)
     d_prefix = d_q_from_start * x.q_from_start + d_k_from_start * x.k_from_start
     d_total = (x.total * S * dS).sum(-1)  # the exponent of the whole chunk's decay is the prefix of its last row
     d_prefix = torch.cat((d_prefix[:, :-1], d_prefix[:, -1:] + d_total[:, None]), 1)
     dg = decay_tree_backward(DecayGrads(d_tile, d_levels, d_prefix, d_k_to_end * x.k_to_end))
-    return dq * scale, dk, d_v_beta * x.beta, dg, d_beta
+    # Solutions come column by column. Left so, one chunk cut off after T rows would be dense for T = 64 alone, and a
+    # graph traced with that length would serve no other.
+    dv = (d_v_beta * x.beta).contiguous()
+    return dq * scale, dk, dv, dg, d_beta

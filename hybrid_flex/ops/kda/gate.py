@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid_flex.checks import FLOATING, check, check_device, check_dtype
+from hybrid_flex.ops.sums import sum_over_tokens
 
 
 def kda_gate(
@@ -82,7 +83,7 @@ def gate_backward(
         dz = lower_bound * s * (1 - s) * slope * d_log_decay
         d_A_log = dz * z
     leading = tuple(range(g.dim() - 2))
-    return dz, d_A_log.sum((*leading, -1)), dz.sum(leading)
+    return dz, sum_over_tokens(d_A_log, (*leading, -1)), sum_over_tokens(dz, leading)
 
 
 def _slope_and_argument(g: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import FLOATING, check, check_choice, check_device, check_dtype, check_shape
+from hybrid_flex.ops.sums import sum_over_tokens
 
 ACTIVATIONS = ("sigmoid", "silu")
 
@@ -40,7 +41,7 @@ def _gated_rms_norm_backward(
     else:
         factor = sigmoid
         slope = sigmoid * (1 - sigmoid)
-    d_weight = (dy * normed * factor).reshape(-1, weight.shape[0]).sum(0)
+    d_weight = sum_over_tokens(dy * normed * factor, tuple(range(x.dim() - 1)))
     d_gate = dy * normed * weight_ * slope
     d_normed = dy * weight_ * factor
     # The norm removes the component along x, because y does not change when x is scaled.

@@ -78,9 +78,9 @@ def to_chunks(x_BTHX: Tensor, chunk_size: int, packing: Packing | None) -> Tenso
 
 
 def to_tokens(x: Tensor, batch_size: int, num_tokens: int, packing: Packing | None) -> Tensor:
-    """Undo `to_chunks`: ``[NC, B * H, C, X]`` into ``[B, T, H, X]``."""
+    """Undo `to_chunks`: ``[NC, B * H, C, ...]`` into ``[B, T, H, ...]``."""
     num_heads = x.shape[1] // batch_size
-    x = x.unflatten(1, (batch_size, num_heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    x = x.unflatten(1, (batch_size, num_heads)).transpose(0, 1).transpose(2, 3).flatten(1, 2)
     if packing is not None:
         return x.index_select(1, packing.row)
     # Always a copy: a slice that fills its chunks is dense already, and keeping it would fix a compiled graph, traced

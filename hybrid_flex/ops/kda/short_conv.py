@@ -28,6 +28,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
+from hybrid_flex.ops.sums import sum_over_tokens
 
 MIN_TAPS, MAX_TAPS = 2, 8
 
@@ -148,14 +149,14 @@ def _short_conv_backward(
             z = z[:, rows.tokens - tail]
         sigmoid = torch.sigmoid(z)
         dz = dz * sigmoid * (1 + z * (1 - sigmoid))
-    d_bias = x.new_empty(0) if bias is None else dz.sum((0, 1)).to(bias.dtype)
+    d_bias = x.new_empty(0) if bias is None else sum_over_tokens(dz, (0, 1)).to(bias.dtype)
     if rows is not None:
         # One gradient per window; the windows that end in a state row made no output.
         states = dz.new_zeros(rows.states.numel(), dz.shape[2])
         dz = torch.cat([dz[0], states])[rows.source[tail:]].unsqueeze(0)
 
     length = dz.shape[1]
-    d_weight = torch.stack([(dz * extended[:, i : i + length]).sum((0, 1)) for i in range(num_taps)], 1)
+    d_weight = torch.stack([sum_over_tokens(dz * extended[:, i : i + length], (0, 1)) for i in range(num_taps)], 1)
     # Row e of the extended sequence is tap i of the window that starts at e - i.
     padded = F.pad(dz, (0, 0, tail, tail))
     d_extended = padded[:, tail:] * taps[:, 0]
