@@ -9,18 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hybrid_flex.checks import check, check_choice, check_cu_seqlens, check_shape
-from hybrid_flex.layers.dense import dense_attention
-from hybrid_flex.layers.dsa import STAGES
+from hybrid_flex.checks import check, check_choice
 from hybrid_flex.layers.indexer import LightningIndexer
-from hybrid_flex.layers.positions import token_positions
-from hybrid_flex.layers.state import DSAState, check_state
-from hybrid_flex.ops.dsa import RopeLayout, apply_rope, rope_cos_sin, sparse_attention
+from hybrid_flex.layers.sparse import Projected, SparseLayer
+from hybrid_flex.ops.dsa import RopeLayout, apply_rope, rope_cos_sin
 
 FORMS = ("absorbed", "expanded")
 
 
-class DeepSeekSparseMLA(nn.Module):
+class DeepSeekSparseMLA(SparseLayer):
     """Attend to selected tokens whose keys and values are one shared latent ``c_s = RMSNorm(W_kva x_s)``.
 
     With ``W_kvb`` split into ``W_k`` and ``W_v`` and the optional rotated parts ``q_r, k_r``::
@@ -113,6 +110,7 @@ class DeepSeekSparseMLA(nn.Module):
         self.qk_nope_head_dim, self.v_head_dim, self.rope_dim = qk_nope_head_dim, v_head_dim, rope_dim
         self.rope_layout, self.rope_theta = RopeLayout(rope_layout), rope_theta
         self.form, self.backend, self.scale = form, backend, (qk_nope_head_dim + rope_dim) ** -0.5
+        self.cache_shape = (1, kv_lora_rank + rope_dim)
 
         query_size = num_heads * (qk_nope_head_dim + rope_dim)
         if q_lora_rank is None:
@@ -140,39 +138,7 @@ class DeepSeekSparseMLA(nn.Module):
                 kpool=index_kpool,
             )
 
-    def forward(
-        self,
-        x: Tensor,
-        state: DSAState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        indices: Tensor | None = None,
-    ) -> tuple[Tensor, DSAState | None]:
-        """Mix a stretch of tokens; arguments, results and errors as in `DeepSeekSparseAttention.forward`."""
-        y, state, _, _ = self.attend(x, state, cu_seqlens, indices=indices)
-        return y, state
-
-    def forward_with_indexer_loss(
-        self, x: Tensor, state: DSAState | None = None, cu_seqlens: Tensor | None = None, *, stage: str = "sparse"
-    ) -> tuple[Tensor, DSAState | None, Tensor]:
-        """Mix tokens and return the indexer's loss too, as `DeepSeekSparseAttention.forward_with_indexer_loss`."""
-        y, state, _, loss = self.attend(x, state, cu_seqlens, stage=stage)
-        return y, state, loss
-
-    def attend(
-        self,
-        x: Tensor,
-        state: DSAState | None = None,
-        cu_seqlens: Tensor | None = None,
-        *,
-        indices: Tensor | None = None,
-        stage: str | None = None,
-    ) -> tuple[Tensor, DSAState | None, Tensor | None, Tensor]:
-        """Return ``(y, state, indices, loss)``, as `DeepSeekSparseAttention.attend`."""
-        self._check_inputs(x, state, cu_seqlens, stage)
-        start = 0 if state is None else state.kv.shape[1]
-        positions = token_positions(x.shape[1], start, cu_seqlens, x.device)
-
+    def _project(self, x: Tensor, positions: Tensor, past: Tensor | None) -> Projected:
         q, query_input = self._queries(x)
         latent, k_rot = self.kv_a_proj(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
         latent = self.kv_a_norm(latent)
@@ -182,56 +148,15 @@ class DeepSeekSparseMLA(nn.Module):
             q = torch.cat((q_nope, apply_rope(q_rot, cos, sin, self.rope_layout)), dim=-1)
             k_rot = apply_rope(k_rot, cos, sin, self.rope_layout)
         kv = torch.cat((latent, k_rot), dim=-1).unsqueeze(2)
-        if state is not None:
-            kv = torch.cat((state.kv, kv), dim=1)
+        if past is not None:
+            kv = torch.cat((past, kv), dim=1)
         q, k, v = self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
+        return Projected(q, k, v, kv, query_input)
 
-        selection = None
-        index_keys = x.new_zeros(x.shape[0], kv.shape[1], 0)
-        if self.indexer is not None:
-            # Detached: the indexer learns from its own loss only, and its loss moves nothing else.
-            q_idx, w, index_keys = self.indexer.project(x.detach(), positions, query_input=query_input.detach())
-            if state is not None:
-                index_keys = torch.cat((state.index_keys, index_keys), dim=1)
-            if stage == "sparse" or (stage is None and indices is None):
-                selection = self.indexer.select(q_idx, w, index_keys, query_start=start, cu_seqlens=cu_seqlens)
-                if indices is None:
-                    indices = self.indexer.tokens(selection, query_start=start)
-
-        if stage == "dense":
-            o = dense_attention(q, k, v, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
-        else:
-            if indices is None:
-                raise ValueError("DeepSeekSparseMLA: indices must come from an earlier layer, got None")
-            o, _ = sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend)
+    def _output(self, o: Tensor) -> Tensor:
         if self.form == "absorbed":
             o = torch.einsum("bthr,hdr->bthd", o, self._expansion()[1])
-        y = self.o_proj(o.flatten(-2))
-
-        loss = torch.zeros((), device=x.device)
-        if stage is not None and self.indexer is not None:
-            loss = self.indexer.kl_loss(
-                q_idx, w, index_keys, q, k, selection, scale=self.scale, query_start=start, cu_seqlens=cu_seqlens
-            )
-        return y, DSAState(kv, index_keys.detach()) if cu_seqlens is None else None, indices, loss
-
-    def step(self, x_t: Tensor, state: DSAState, *, indices: Tensor | None = None) -> tuple[Tensor, DSAState]:
-        """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``; ``indices [B, 1, J]`` as in `forward`."""
-        y, grown, _, _ = self.attend(x_t.unsqueeze(1), state, indices=indices)
-        assert grown is not None
-        return y.squeeze(1), grown
-
-    def init_state(
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> DSAState:
-        """Make the empty cache of ``batch_size`` sequences, on the weights' device and in their dtype unless given."""
-        device = self.kv_a_proj.weight.device if device is None else device
-        dtype = self.kv_a_proj.weight.dtype if dtype is None else dtype
-        index_width = 0 if self.indexer is None else self.indexer.cache_width
-        return DSAState(
-            torch.zeros(batch_size, 0, 1, self.kv_lora_rank + self.rope_dim, device=device, dtype=dtype),
-            torch.zeros(batch_size, 0, index_width, device=device, dtype=dtype),
-        )
+        return self.o_proj(o.flatten(-2))
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Make the queries ``[B, T, H, qk_nope_head_dim + rope_dim]`` and the indexer's query input."""
@@ -260,16 +185,3 @@ class DeepSeekSparseMLA(nn.Module):
         expanded = self.kv_b_proj(latent.squeeze(2)).unflatten(-1, (self.num_heads, -1))
         k_nope, v = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return q, torch.cat((k_nope, k_rot.expand(-1, -1, self.num_heads, -1)), dim=-1), v
-
-    def _check_inputs(self, x: Tensor, state: DSAState | None, cu_seqlens: Tensor | None, stage: str | None) -> None:
-        name = "DeepSeekSparseMLA"
-        check_shape(name, "x", x, (None, None, self.hidden_size), "[B, T, D]")
-        check_choice(name, "stage", stage, (None, *STAGES))
-        if state is not None:
-            width = self.kv_lora_rank + self.rope_dim
-            check_state(name, "state.kv", state.kv, (None, None, 1, width), x.shape[0])
-            index_width = 0 if self.indexer is None else self.indexer.cache_width
-            check_state(name, "state.index_keys", state.index_keys, (None, None, index_width), x.shape[0])
-        if cu_seqlens is not None:
-            check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
-            check(state is None, name, "state", "be None with cu_seqlens (packed sequences have no cache)", "a state")

@@ -171,17 +171,8 @@ class HybridLanguageModel(nn.Module):
         eos: int | None = None,
     ) -> Iterator[Tensor]:
         """Continue ``ids`` and yield each new token ``[B]`` as soon as it is known; arguments as `generate`."""
-        return sampling.generate_stream(
-            self,
-            ids,
-            max_new_tokens,
-            greedy=greedy,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            generator=generator,
-            eos=eos,
-        )
+        options = sampling.SamplingOptions(greedy, temperature, top_p, seed, generator, eos)
+        return sampling.generate_stream(self, ids, max_new_tokens, options)
 
     def save_pretrained(self, directory: str | PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``directory``, which is made if absent.

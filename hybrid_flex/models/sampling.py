@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,30 +19,33 @@ class _StepwiseModel(Protocol):
     def step(self, ids_t: Tensor, states: Sequence[Any]) -> tuple[Tensor, Any]: ...
 
 
+class SamplingOptions(NamedTuple):
+    """How a token is chosen; the fields are described at `HybridLanguageModel.generate`."""
+
+    greedy: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    eos: int | None = None
+
+
 def generate_stream(
-    model: _StepwiseModel,
-    ids: Tensor,
-    max_new_tokens: int,
-    *,
-    greedy: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
-    eos: int | None = None,
+    model: _StepwiseModel, ids: Tensor, max_new_tokens: int, options: SamplingOptions
 ) -> Iterator[Tensor]:
     """Check the arguments, then yield the tokens ``[B]`` that continue ``ids``; see `HybridLanguageModel.generate`."""
-    op = "generate"
+    op, temperature = "generate", options.temperature
     check_rank(op, "ids", ids, "[B, T]")
     check_dtype(op, "ids", ids, INTEGER)
     check(ids.shape[1] > 0, op, "ids", "hold at least one token per sequence", ids.shape[1])
     check(max_new_tokens >= 0, op, "max_new_tokens", "not be negative", max_new_tokens)
     check(temperature > 0, op, "temperature", "be positive (greedy=True takes the likeliest token)", temperature)
-    check(0 < top_p <= 1, op, "top_p", "be in (0, 1]", top_p)
-    check(seed is None or generator is None, op, "seed", "be None when a generator is given", seed)
-    if seed is not None:
-        generator = torch.Generator(device=ids.device).manual_seed(seed)
-    return _tokens(model, ids, max_new_tokens, greedy, temperature, top_p, generator, eos)
+    check(0 < options.top_p <= 1, op, "top_p", "be in (0, 1]", options.top_p)
+    only_one = options.seed is None or options.generator is None
+    check(only_one, op, "seed", "be None when a generator is given", options.seed)
+    if options.seed is not None:
+        options = options._replace(generator=torch.Generator(device=ids.device).manual_seed(options.seed))
+    return _tokens(model, ids, max_new_tokens, options)
 
 
 def sample_token(
@@ -65,16 +68,8 @@ def sample_token(
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 
 
-def _tokens(
-    model: _StepwiseModel,
-    ids: Tensor,
-    max_new_tokens: int,
-    greedy: bool,
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator | None,
-    eos: int | None,
-) -> Iterator[Tensor]:
+def _tokens(model: _StepwiseModel, ids: Tensor, max_new_tokens: int, options: SamplingOptions) -> Iterator[Tensor]:
+    greedy, temperature, top_p, _, generator, eos = options
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     token: Tensor = ids
     states: Any = None

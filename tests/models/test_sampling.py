@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybrid_flex.models import HybridConfig, HybridLanguageModel
-from hybrid_flex.models.sampling import generate_stream, sample_token
+from hybrid_flex.models.sampling import SamplingOptions, generate_stream, sample_token
 
 
 @pytest.fixture(scope="module")
@@ -73,14 +73,14 @@ class Script:
 
 def test_ended_sequences_are_filled_and_all_ended_ends() -> None:
     script = Script([[1, 9, 3, 4, 5], [1, 2, 3, 9, 5]])
-    out = torch.stack(list(generate_stream(script, PROMPT, 5, greedy=True, eos=9)), 1)
+    out = torch.stack(list(generate_stream(script, PROMPT, 5, SamplingOptions(greedy=True, eos=9))), 1)
     assert out.tolist() == [[1, 9, 9, 9], [1, 2, 3, 9]]
     assert script.steps == 3
 
 
 def test_streaming_is_lazy_and_keeps_the_callers_grad_mode(model: HybridLanguageModel) -> None:
     script = Script([[1, 2, 3, 4, 5]])
-    stream = generate_stream(script, PROMPT[:1], 5, greedy=True)
+    stream = generate_stream(script, PROMPT[:1], 5, SamplingOptions(greedy=True))
     assert next(stream).tolist() == [1] and script.steps == 0
     assert torch.is_grad_enabled()
     assert next(stream).tolist() == [2] and script.steps == 1

@@ -173,19 +173,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q_idx: Tensor,
-    k_idx: Tensor,
-    w: Tensor,
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor | None,
-    scale: float,
-    causal: bool,
-    query_start: int,
-    cu_seqlens: Tensor | None,
-    kpool: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(q)
     return (
         q.new_empty((), dtype=dtype),
@@ -246,22 +234,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q_idx: Tensor,
-    k_idx: Tensor,
-    w: Tensor,
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor | None,
-    lse: Tensor,
-    lse_idx: Tensor,
-    scale: float,
-    causal: bool,
-    query_start: int,
-    cu_seqlens: Tensor | None,
-    kpool: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q_idx: Tensor, k_idx: Tensor, w: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     return q_idx.new_empty(q_idx.shape), k_idx.new_empty(k_idx.shape), w.new_empty(w.shape)
 
 
