@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 import transformers
+from harness import RESULTS, report_stem, spread, versions, write_report
 from tqdm import tqdm
 from transformers_peers import COMPILED, CONTENDERS, CONTESTS, EAGER, HIDDEN, PEER, TOLERANCE, Contest, gate
 
@@ -73,11 +74,8 @@ def take_turns(
     contest.clear(inputs)
     table = {}
     for contender in contenders:
-        cuts = statistics.quantiles(wall[contender], n=5, method="inclusive")
         table[contender] = {
-            "median_ms": statistics.median(wall[contender]) * 1e3,
-            "p20_ms": cuts[0] * 1e3,
-            "p80_ms": cuts[3] * 1e3,
+            **spread(wall[contender]),
             "cpu_median_ms": statistics.median(cpu[contender]) * 1e3,
             "rounds": len(wall[contender]),
         }
@@ -158,20 +156,6 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_at_start": os.getloadavg()[0],
-    }
-
-
-def versions() -> dict[str, str]:
-    def git(*arguments: str) -> str:
-        run = subprocess.run(("git", *arguments), cwd=Path(__file__).parent, capture_output=True, text=True)
-        return run.stdout.strip()
-
-    changed = bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+changes" if changed else ""),
     }
 
 
@@ -311,7 +295,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192], help="T, ascending")
     parser.add_argument("--gate-only", action="store_true", help="check correctness, print the errors, write nothing")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory processes out")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder to write to")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--measure-memory", nargs=2, metavar=("CONTEST", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()  # it says that it falls back to its torch form, which is the point
@@ -338,18 +322,15 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "profiles/cpu_layers.py", *sys.argv[1:]]),
         "machine": where,
-        "versions": versions(),
+        "versions": versions(transformers=transformers.__version__),
         "tolerance": TOLERANCE,
         "widths": {name: {"hidden": HIDDEN} | CONTESTS[name].widths for name in options.contests},
         "rows": rows,
         "targets": check_targets(rows),
         "seconds": time.perf_counter() - begin,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
-    stem = options.results / f"cpu_layers_{slug}_{datetime.date.today():%Y%m%d}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(report))
+    stem = report_stem(options.results, "cpu_layers", where["cpu"])
+    write_report(stem, report, markdown(report))
     print(markdown(report))
     print(f"written to {stem}.md and .json after {report['seconds']:.0f} s", file=sys.stderr)
 

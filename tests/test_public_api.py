@@ -33,6 +33,7 @@ OPERATORS = [
     "fused_recurrent_kda",
     "gated_rms_norm",
     "indexer_kl_loss",
+    "kda_decode",
     "kda_gate",
     "kda_reference",
     "kda_step",
@@ -54,6 +55,9 @@ SIGNATURES = {
     "chunk_kda": KDA_PARAMETERS,
     "fused_recurrent_kda": KDA_PARAMETERS,
     "gated_rms_norm": "x, gate, weight, *, eps=1e-06, activation='sigmoid'",
+    "kda_decode": "q, k, v, g, beta, state, *, state_indices=None, scale=None, use_qk_l2norm_in_kernel=False, "
+    "use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, safe_gate=False, "
+    "lower_bound=None, A_log=None, dt_bias=None, cu_seqlens=None, state_v_first=False",
     "lightning_scores": "q_idx, k_idx, w",
     "short_conv": "x, weight, bias=None, *, activation='silu', initial_state=None, output_final_state=False, "
     "cu_seqlens=None",

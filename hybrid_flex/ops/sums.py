@@ -13,4 +13,5 @@ def sum_over_tokens(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     when a float32 sum passes 4096 terms, and with it compiles a graph again whose length is dynamic; a float64 sum
     is accurate in any order and takes one graph.
     """
-    return x.sum(dims, dtype=torch.float64).to(x.dtype)
+    # An empty tuple would stand for every dimension.
+    return x.sum(dims, dtype=torch.float64).to(x.dtype) if dims else x

@@ -172,3 +172,26 @@ def test_inductor_trains_all_lengths_in_one_graph(lengths: tuple[int, ...]) -> N
             error = (grads[0][name] - want).norm() / want.norm()
             assert error < 1e-5, f"{name}: {error:.1e}"
     assert backend.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@torch.no_grad()
+def test_step_in_a_cuda_graph_equals_eager(dtype: torch.dtype) -> None:
+    """The whole step is one graph, captured and replayed by `mode="reduce-overhead"`."""
+    torch.manual_seed(0)
+    layer = KimiDeltaAttention(256, 4, 128).cuda().to(dtype)
+    step = torch.compile(layer.step, fullgraph=True, mode="reduce-overhead")
+    eager_state, state = layer.init_state(3), layer.init_state(3)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    for x_t in torch.randn(6, 3, 256, device="cuda", dtype=dtype):
+        want, eager_state = layer.step(x_t, eager_state)
+        torch.compiler.cudagraph_mark_step_begin()
+        got, graph_state = step(x_t, state)
+        # The next replay writes to the same memory.
+        state = KDAState(
+            *(t.clone() for t in (graph_state.S, graph_state.conv_q, graph_state.conv_k, graph_state.conv_v))
+        )
+        torch.testing.assert_close(got, want, **tolerance)
+        torch.testing.assert_close(state.S, eager_state.S, **tolerance)

@@ -25,7 +25,16 @@ from hybrid_flex.checks import check_choice
 from hybrid_flex.ops.chunk_scan import chunk_scan
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
-from .inputs import Active, Raw, accumulation_dtype, activate, activate_backward, check_inputs, initial_state_or_zeros
+from .inputs import (
+    Active,
+    Raw,
+    accumulation_dtype,
+    activate,
+    activate_backward,
+    check_inputs,
+    has_kernels,
+    initial_state_or_zeros,
+)
 from .intra import intra_chunk, intra_chunk_backward
 from .layout import Packing, pack, to_chunks, to_tokens
 
@@ -118,7 +127,8 @@ def chunk_kda(
         ValueError: a shape, size, device or option breaks a rule above.
         TypeError: a dtype is not supported, or a keyword is unknown.
 
-    Device: CPU and CUDA; differentiable in q, k, v, g, beta, initial_state, A_log and dt_bias.
+    Device: CPU, in plain torch; CUDA, in Triton kernels (float64: plain torch); differentiable in q, k, v, g, beta,
+        initial_state, A_log and dt_bias.
 
     Source: Kimi Linear (arXiv:2510.26692), equations of section 3; the keywords are those of flash-linear-attention.
 
@@ -157,6 +167,10 @@ def _chunk_kda(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
+    if has_kernels(q):
+        from hybrid_flex.kernels.kda import chunk
+
+        return chunk.forward(raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
@@ -203,6 +217,12 @@ def _chunk_kda_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
+    if has_kernels(q):
+        from hybrid_flex.kernels.kda import chunk
+
+        return chunk.backward(  # type: ignore[return-value]
+            d_o, d_final, raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size
+        )
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)

@@ -20,6 +20,11 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.triton_op("hybrid_flex::gated_rms_norm", mutates_args=())
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
+    if x.is_cuda and x.dtype is not torch.float64:
+        from hybrid_flex.kernels.kda.gated_norm import gated_rms_norm as launch
+
+        return launch(x, gate, weight, eps, activation)
+
     normed, _ = _normalise(x, eps)
     gate = gate.to(normed.dtype)
     factor = torch.sigmoid(gate)
@@ -32,6 +37,11 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activat
 def _gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.is_cuda and x.dtype is not torch.float64:
+        from hybrid_flex.kernels.kda.gated_norm import gated_rms_norm_backward as launch
+
+        return launch(dy, x, gate, weight, eps, activation)
+
     normed, reciprocal = _normalise(x, eps)
     gate_, weight_, dy = gate.to(normed.dtype), weight.to(normed.dtype), dy.to(normed.dtype)
     sigmoid = torch.sigmoid(gate_)
@@ -88,7 +98,8 @@ def gated_rms_norm(
         TypeError: a dtype is wrong.
 
     Device:
-        CPU and CUDA, in plain torch that the compiler fuses.
+        CPU, in plain torch that the compiler fuses; CUDA, in kernels that read and write each row once (float64: the
+        plain form). Each gives the same bits for the same input.
 
     Source:
         Kimi Linear (arXiv:2510.26692), section 4, the head-wise gated RMSNorm; RMSNorm is arXiv:1910.07467.

@@ -110,6 +110,11 @@ def _short_conv(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    if x.is_cuda and x.dtype is not torch.float64:
+        from hybrid_flex.kernels.kda.short_conv import short_conv as launch
+
+        return launch(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state)
+
     dtype, tail = _accumulator(x), weight.shape[1] - 1
     extended = _extend(x, initial_state, cu_seqlens, tail)
     z = _convolve(extended.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -138,6 +143,11 @@ def _short_conv_backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if x.is_cuda and x.dtype is not torch.float64:
+        from hybrid_flex.kernels.kda.short_conv import short_conv_backward as launch
+
+        return launch(dy, d_final_state, x, weight, bias, initial_state, cu_seqlens, silu)
+
     dtype, num_taps, num_tokens = _accumulator(x), weight.shape[1], x.shape[1]
     tail = num_taps - 1
     extended = _extend(x, initial_state, cu_seqlens, tail).to(dtype)
@@ -240,7 +250,8 @@ def short_conv(
         TypeError: a dtype is wrong.
 
     Device:
-        CPU and CUDA, in plain torch that the compiler fuses.
+        CPU, in plain torch that the compiler fuses; CUDA, in kernels that read and write each row once (float64: the
+        plain form). Each gives the same bits for the same input.
 
     Source:
         Kimi Linear (arXiv:2510.26692), section 4, "ShortConv"; the form is that of Mamba (arXiv:2312.00752).

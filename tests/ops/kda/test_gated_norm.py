@@ -195,3 +195,83 @@ def test_cuda_equals_cpu() -> None:
     want = outputs_and_gradients(gated_rms_norm, inputs)
     got = outputs_and_gradients(gated_rms_norm, [t.detach().cuda().requires_grad_() for t in inputs])
     assert_all_close({name: value.cpu() for name, value in got.items()}, want, rtol=1e-10, atol=1e-10)
+
+
+def on_cuda(activation: str = "sigmoid") -> Callable[..., Tensor]:
+    """Return a function of CPU tensors that runs the operator on the device; gradients come back as well."""
+    return lambda *inputs: gated_rms_norm(*(t.cuda() for t in inputs), activation=activation).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 65, 3, 128), (1, 300, 2, 96), (5, 4096)], ids=str)
+def test_cuda_error_within_twice_the_plain_form(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
+    inputs = make(*shape, dtype=dtype)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    exact = outputs_and_gradients(lambda *a: gated_rms_norm(*a, activation=activation), doubles)
+    low = outputs_and_gradients(lambda *a: plain(*a, activation), inputs)
+    got = outputs_and_gradients(on_cuda(activation), inputs)
+    again = outputs_and_gradients(on_cuda(activation), inputs)
+    for name, value in exact.items():
+        assert got[name].dtype == dtype
+        budget = 2 * (low[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
+        assert (got[name].double() - value).abs().max() <= budget, name
+        assert torch.equal(got[name], again[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_cuda_compiled_equals_eager(dtype: torch.dtype, fresh_dynamo: None) -> None:
+    inputs = [t.detach().cuda().requires_grad_() for t in make(2, 65, 3, 128, dtype=dtype)]
+
+    def run(x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, weight, activation="silu")
+
+    eager = outputs_and_gradients(run, inputs)
+    compiled = outputs_and_gradients(torch.compile(run, fullgraph=True), inputs)
+    for name in ("y", "d_x", "d_gate"):
+        assert torch.equal(compiled[name], eager[name]), name
+    # The compiler sums the partial sums of the weight, in float64, in an order of its own.
+    assert_all_close(compiled, eager)
+
+
+@pytest.mark.gpu
+def test_cuda_one_graph_for_several_lengths(fresh_dynamo: None) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    compiled = torch.compile(lambda *a: gated_rms_norm(*a, eps=1e-6), fullgraph=True, backend=count)
+    for length in (9, 129, 700):
+        inputs = [t.detach().cuda().requires_grad_() for t in make(1, length, 1, 64, dtype=torch.float32)]
+        for t in inputs[:2]:
+            torch._dynamo.mark_dynamic(t, 1)
+        got = outputs_and_gradients(compiled, inputs)
+        assert_all_close(got, outputs_and_gradients(gated_rms_norm, inputs), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_opcheck(activation: str) -> None:
+    inputs = make(2, 3, 5, dtype=torch.float32)
+    x, gate, weight = (t.detach().cuda().requires_grad_() for t in inputs)
+    torch.library.opcheck(torch.ops.hybrid_flex.gated_rms_norm.default, (x, gate, weight, 1e-6, activation))
+    torch.library.opcheck(
+        torch.ops.hybrid_flex.gated_rms_norm_backward.default,
+        (torch.randn(2, 3, 5, device="cuda"), x.detach(), gate.detach(), weight.detach(), 1e-6, activation),
+    )
+
+
+@pytest.mark.gpu
+def test_cuda_more_than_int32_elements() -> None:
+    rows = 2**24 + 33
+    x = torch.zeros(rows, 128, device="cuda", dtype=torch.bfloat16)
+    x[-40:] = torch.randn(40, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(128, device="cuda", dtype=torch.bfloat16)
+    y = gated_rms_norm(x, x, weight)
+    assert torch.equal(y[-40:], gated_rms_norm(x[-40:].clone(), x[-40:].clone(), weight))
+    assert not y[:-40].any()

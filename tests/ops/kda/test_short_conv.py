@@ -420,3 +420,139 @@ def test_cuda_equals_cpu(bounds: list[int] | None) -> None:
     )
     torch.testing.assert_close(y.cpu(), want["y"])
     torch.testing.assert_close(final.cpu(), want["final_state"])
+
+
+def on_cuda(bounds: list[int] | None = None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a function of CPU tensors that runs the operator on the device; gradients come back as well."""
+
+    def run(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, weight, bias, state = (None if t is None else t.cuda() for t in inputs)
+        cu_seqlens = None if bounds is None else torch.tensor(bounds, device=x.device)
+        y, final_state = short_conv(
+            x, weight, bias, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
+        )
+        return y.cpu(), final_state.cpu()
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
+@pytest.mark.parametrize(
+    ("batch_size", "bounds", "width"),
+    [(2, [0, 1], 16), (2, [0, 65], 600), (1, [0, 257], 512), (1, [0, 0, 1, 1, 40, 170, 257], 512)],
+    ids=["B2-T1-D16", "B2-T65-D600", "B1-T257-D512", "packed-T257-D512"],
+)
+def test_cuda_error_within_twice_the_plain_form(
+    batch_size: int, bounds: list[int], width: int, dtype: torch.dtype
+) -> None:
+    packed = None if len(bounds) == 2 else bounds
+    inputs = make(batch_size, bounds[-1], width, 4, dtype=dtype, sequences=packed and len(bounds) - 1)
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, finals = [], []
+        for n, (a, b) in enumerate(itertools.pairwise(bounds)):
+            extended = torch.cat([state if packed is None else state[n : n + 1], x[:, a:b]], 1)
+            z = bias + sum(weight[:, i] * extended[:, i : i + b - a] for i in range(4))
+            outputs.append(F.silu(z))
+            finals.append(extended[:, b - a :])
+        return torch.cat(outputs, 1), torch.cat(finals)
+
+    exact = outputs_and_gradients(operator(packed), doubles)
+    low = outputs_and_gradients(plain, inputs)
+    got = outputs_and_gradients(on_cuda(packed), inputs)
+    again = outputs_and_gradients(on_cuda(packed), inputs)
+    for name, value in exact.items():
+        assert got[name].dtype == dtype
+        budget = 2 * (low[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max()
+        assert (got[name].double() - value).abs().max() <= budget, name
+        assert torch.equal(got[name], again[name]), name
+
+
+@pytest.mark.gpu
+def test_cuda_token_by_token_equals_whole() -> None:
+    x, weight, bias, state = (t.detach().cuda() for t in make(2, 7, 600, 4, dtype=torch.bfloat16))
+    y, final_state = short_conv(x, weight, bias, initial_state=state, output_final_state=True)
+    rows = []
+    for t in range(7):
+        row, state = short_conv(x[:, t : t + 1], weight, bias, initial_state=state, output_final_state=True)
+        rows.append(row)
+    # One rounding to bfloat16 apart at most, should the two configurations contract other products.
+    torch.testing.assert_close(torch.cat(rows, 1), y, rtol=2**-7, atol=1e-6)
+    assert torch.equal(state, final_state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("bounds", [None, [0, 20, 20, 67]], ids=["batch", "packed"])
+def test_cuda_compiled_equals_eager(bounds: list[int] | None, dtype: torch.dtype, fresh_dynamo: None) -> None:
+    inputs = [t.detach().cuda().requires_grad_() for t in make(1, 67, 64, 4, dtype=dtype, sequences=bounds and 3)]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, final = short_conv(x, weight, bias, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens)
+        assert final is not None
+        return y, final
+
+    def outputs(function: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        return outputs_and_gradients(lambda *a: tuple(o.cpu() for o in function(*a)), inputs)
+
+    eager, compiled = outputs(run), outputs(torch.compile(run, fullgraph=True))
+    for name in ("y", "final_state", "d_x", "d_initial_state"):
+        assert torch.equal(compiled[name], eager[name]), name
+    # The compiler sums the partial sums of parameters, in float64, in an order of its own.
+    assert_all_close(compiled, eager)
+
+
+@pytest.mark.gpu
+def test_cuda_one_graph_for_several_lengths(fresh_dynamo: None) -> None:
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        y, final = short_conv(x, weight, bias, initial_state=state, output_final_state=True)
+        assert final is not None
+        return y, final
+
+    compiled = torch.compile(run, fullgraph=True, backend=count)
+    for length in (30, 129, 300):
+        inputs = make(1, length, 64, 4, dtype=torch.float32)
+        on_device = [t.detach().cuda().requires_grad_() for t in inputs]
+        torch._dynamo.mark_dynamic(on_device[0], 1)
+        y, final_state = compiled(*on_device)
+        (y.sum() + final_state.sum()).backward()
+        want, _ = on_cuda()(*inputs)
+        torch.testing.assert_close(y.cpu(), want)
+    assert len(graphs) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", [True, False], ids=["state", "zeros"])
+@pytest.mark.parametrize("bounds", [None, [0, 2, 2, 7]], ids=["batch", "packed"])
+def test_cuda_opcheck(bounds: list[int] | None, state: bool) -> None:
+    inputs = make(1, 7, 3, 4, dtype=torch.float32, sequences=bounds and 3, state=state, bias=state)
+    x, weight, bias, initial = (None if t is None else t.detach().cuda().requires_grad_() for t in inputs)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
+    torch.library.opcheck(torch.ops.hybrid_flex.short_conv.default, (x, weight, bias, initial, cu_seqlens, True, True))
+    d_final_state = torch.randn(1 if bounds is None else 3, 3, 3, device="cuda")
+    detached = [None if t is None else t.detach() for t in (x, weight, bias, initial)]
+    torch.library.opcheck(
+        torch.ops.hybrid_flex.short_conv_backward.default,
+        (torch.randn(1, 7, 3, device="cuda"), d_final_state, *detached, cu_seqlens, True),
+    )
+
+
+@pytest.mark.gpu
+def test_cuda_more_than_int32_elements() -> None:
+    length, width = 2**18 + 65, 2**13
+    x = torch.zeros(1, length, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(width, 4, device="cuda", dtype=torch.bfloat16)
+    x[:, -70:] = torch.randn(1, 70, width, device="cuda", dtype=torch.bfloat16)
+    y, final_state = short_conv(x, weight, output_final_state=True)
+    want, want_final = short_conv(x[:, -70:].contiguous(), weight, output_final_state=True)
+    assert torch.equal(y[:, -70:], want) and torch.equal(final_state, want_final)
+    assert not y[:, :-70].any()

@@ -1,0 +1,223 @@
+"""Launchers of the chunked form of Kimi Delta Attention: workspace, tile sizes, the order of the kernels.
+
+forward:   prepare -> scan
+backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs
+
+The backward begins from the raw inputs: nothing is kept between the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hybrid_flex.kernels.launch import launchable
+
+from .gradients import inputs_kernel, triangle_kernel
+from .packing import ChunkMap, chunk_map
+from .prepare import prepare_kernel
+from .scan import scan_backward_kernel, scan_kernel
+
+
+class _Plan(NamedTuple):
+    """Sizes that every kernel of a call shares, and the arguments that say which gate and norms are inside."""
+
+    raw: Any
+    """The operator's tensors q, k, v, g, beta, A_log, dt_bias, contiguous, and its flags."""
+    cu_seqlens: Tensor | None
+    map: ChunkMap | None
+    num_sequences: int
+    num_chunks: int
+    chunks_per_sequence: int
+    sizes: dict[str, int]
+    gate: dict[str, Any]
+    dtype: torch.dtype
+    """Of the workspace: that of q."""
+
+
+def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
+    (B, T, H, K), (HV, V) = raw.q.shape, raw.v.shape[2:]
+    BK, WV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    # Shared memory and registers of one block of threads hold this many rows; the result is the same function.
+    row_bytes = max(BK, WV) * raw.q.element_size()
+    C = min(chunk_size, 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16)
+    raw = raw._replace(
+        **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
+        A_log=None if raw.A_log is None else raw.A_log.contiguous(),
+        dt_bias=None if raw.dt_bias is None else raw.dt_bias.contiguous(),
+    )
+    if cu_seqlens is None:
+        N, NT, places = B, (T + C - 1) // C, None
+        num_chunks = N * NT
+    else:
+        cu_seqlens = cu_seqlens.contiguous()
+        N, NT, places = cu_seqlens.shape[0] - 1, 0, chunk_map(cu_seqlens, T, C)
+        num_chunks = T // C + N
+    lower = raw.gate and raw.lower_bound is not None
+    gate = {
+        "GATE": raw.gate,
+        "LOWER": lower,
+        "HAS_SLOPE": raw.A_log is not None,
+        "HAS_BIAS": raw.dt_bias is not None,
+        "L2NORM": raw.l2norm,
+        "SIGMOID": raw.sigmoid,
+        "FACTOR": 2.0 if raw.neg_eigval else 1.0,
+        "PACKED": cu_seqlens is not None,
+        # float32 operands keep their digits; the others are exact in one pass.
+        "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
+    }
+    sizes = {"HV": HV, "K": K, "V": V, "C": C, "BK": BK}
+    return _Plan(raw, cu_seqlens, places, N, num_chunks, NT, {"H": H, **sizes, "WV": WV}, gate, raw.q.dtype)
+
+
+def _is_safe(raw: Any) -> bool:
+    """Tell whether a tile of 16 rows needs one anchor only: NOTE [Tile anchor]."""
+    return raw.gate and raw.lower_bound is not None and raw.lower_bound >= -5 and raw.q.dtype != torch.float16
+
+
+class _Workspace(NamedTuple):
+    """What prepare.py writes, in blocks numbered ``chunk * HV + head``."""
+
+    qg: Tensor
+    kg: Tensor
+    w: Tensor
+    u: Tensor
+    Aqk: Tensor
+    A: Tensor
+    total: Tensor
+
+
+def _prepare(plan: _Plan, scale: float, write_A: bool) -> _Workspace:
+    raw, sizes = plan.raw, plan.sizes
+    HV, C, BK, WV = sizes["HV"], sizes["C"], sizes["BK"], sizes["WV"]
+    blocks = plan.num_chunks * HV
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=plan.dtype, device=raw.q.device)
+
+    work = _Workspace(
+        qg=empty(blocks, C, BK),
+        kg=empty(blocks, C, BK),
+        w=empty(blocks, C, BK),
+        u=empty(blocks, C, WV),
+        Aqk=empty(blocks, C, C),
+        A=empty(blocks, C, C) if write_A else empty(0),
+        total=torch.empty((blocks, BK), dtype=torch.float32, device=raw.q.device),
+    )
+    launchable(prepare_kernel)[(blocks,)](
+        raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
+        *work[:5], work.A, work.total, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
+        H=sizes["H"], HV=HV, K=sizes["K"], V=sizes["V"], C=C, BK=BK, BV=WV,
+        **plan.gate, SAFE=_is_safe(raw), WRITE_A=write_A, num_warps=8 if C * BK >= 8192 else 4, num_stages=1,
+    )  # fmt: skip
+    return work
+
+
+def _or_q(plan: _Plan, *tensors: Tensor | None) -> list[Tensor]:
+    """Put q where a tensor is absent: a pointer that the kernel never reads."""
+    return [plan.raw.q if t is None else t for t in tensors]
+
+
+def _places(plan: _Plan) -> list[Tensor]:
+    return _or_q(plan, *((None, None) if plan.map is None else plan.map[:2]))
+
+
+def _scan_arguments(plan: _Plan) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
+    """Return trailing positional arguments, keywords and the grid that both scans take."""
+    sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
+    BV = min(sizes["WV"], 64)
+    sequences = plan.num_sequences * sizes["HV"]
+    tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
+    positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence]
+    keywords = {**sizes, "BV": BV, "PACKED": plan.gate["PACKED"], "PRECISION": plan.gate["PRECISION"]}
+    return positional, keywords, (sizes["WV"] // BV, sequences)
+
+
+def _scan(
+    plan: _Plan, work: _Workspace, initial: Tensor | None, state_v_first: bool, o: Tensor | None, final: Tensor | None,
+    states: Tensor | None,
+) -> None:  # fmt: skip
+    """Run the scan forward; with ``states`` it also replaces u by v_new."""
+    positional, keywords, grid = _scan_arguments(plan)
+    launchable(scan_kernel)[grid](
+        work.qg, work.kg, work.w, work.u, work.Aqk, work.total, *_or_q(plan, initial, o, final, states), work.u,
+        *positional, **keywords, HAS_INITIAL=initial is not None, V_FIRST=state_v_first, WRITE_O=o is not None,
+        WRITE_FINAL=final is not None, WRITE_STATES=states is not None, STAGES=1, num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def forward(
+    raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, state_v_first: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute o ``[B, T, HV, V]`` and the final state; arguments as those of the operator ``chunk_kda``."""
+    plan = _plan(raw, cu_seqlens, chunk_size)
+    (HV, V), K = raw.v.shape[2:], raw.q.shape[3]
+    o = raw.v.new_empty(raw.v.shape)
+    dims = (V, K) if state_v_first else (K, V)
+    final = torch.empty((plan.num_sequences, HV, *dims), dtype=torch.float32, device=raw.q.device)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    work = _prepare(plan, scale, write_A=False)
+    _scan(plan, work, initial_state, state_v_first, o, final, None)
+    return o, final
+
+
+def backward(
+    d_o: Tensor, d_final: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    state_v_first: bool, chunk_size: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
+    plan = _plan(raw, cu_seqlens, chunk_size)
+    shapes, raw = raw, plan.raw
+    sizes, device = plan.sizes, raw.q.device
+    H, HV, K, C, BK, WV = (sizes[name] for name in ("H", "HV", "K", "C", "BK", "WV"))
+    blocks = plan.num_chunks * HV
+    d_o, d_final = d_o.contiguous(), d_final.contiguous()
+    initial_state = None if initial_state is None else initial_state.contiguous()
+
+    work = _prepare(plan, scale, write_A=True)
+    states = torch.empty((blocks, BK, WV), dtype=plan.dtype, device=device)
+    _scan(plan, work, initial_state, state_v_first, None, None, states)
+    v_new = work.u
+
+    d_states, dv_new = torch.empty_like(states), torch.empty_like(v_new)
+    d_initial = raw.q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
+    positional, keywords, grid = _scan_arguments(plan)
+    launchable(scan_backward_kernel)[grid](
+        d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, d_states, dv_new, d_initial, *positional,
+        **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first, STAGES=1, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    A, total = work.A, work.total
+    del work  # its memory serves the gradients
+
+    dAqk, dL = torch.empty_like(A), torch.empty_like(A)
+    d_beta_v = torch.empty((blocks, C), dtype=torch.float32, device=device)
+    dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
+    common = [raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan)]
+    lower_bound, T, NT = raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence
+    keywords = {"H": H, **{name: sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}, **plan.gate}
+    launchable(triangle_kernel)[(blocks,)](
+        d_o, raw.k, raw.v, raw.g, *common, A, states, v_new, dv_new, dv, d_beta_v, dAqk, dL, lower_bound, T, NT,
+        BV=min(WV, 64), SK=min(BK, max(BK // 2, 64)), num_warps=8 if C * BK >= 8192 else 4, num_stages=1, **keywords,
+    )  # fmt: skip
+    # Heads that share a query and key are summed in float32 before they are rounded.
+    per_head = (*raw.q.shape[:2], HV, K)
+    dq, dk = (torch.empty(per_head, dtype=raw.q.dtype if H == HV else torch.float32, device=device) for _ in "qk")
+    d_slope = torch.empty(blocks, dtype=torch.float32, device=device)
+    d_bias = torch.empty((blocks, BK), dtype=torch.float32, device=device)
+    launchable(inputs_kernel)[(blocks,)](
+        d_o, raw.q, raw.k, raw.g, *common, A, total, states, d_states, v_new, dv_new, d_beta_v, dAqk, dL,
+        dq, dk, dg, d_beta, d_slope, d_bias, scale, lower_bound, T, NT, BV=min(WV, 64), SAFE=_is_safe(raw),
+        SK=min(BK, max(BK // 2, 64)), num_warps=8 if C * BK >= 8192 else 4, num_stages=1, **keywords,
+    )  # fmt: skip
+    if H != HV:
+        dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))
+    dA_log = d_dt_bias = raw.q.new_empty(0)
+    if shapes.A_log is not None:
+        dA_log = d_slope.view(-1, HV).sum(0).reshape(shapes.A_log.shape).to(shapes.A_log.dtype)
+    if shapes.dt_bias is not None:
+        d_dt_bias = d_bias.view(-1, HV, BK).sum(0)[:, :K].reshape(shapes.dt_bias.shape).to(shapes.dt_bias.dtype)
+    return dq, dk, dv, dg, d_beta, dA_log, d_dt_bias, d_initial

@@ -1,0 +1,194 @@
+"""First kernel of the chunked form: everything inside a chunk that does not need the state.
+
+Per chunk and value head, with D, P (decay from the chunk's start) and E (decay to its end) as in ops/kda/chunk.py, and
+q, k already divided by their norms:
+
+    Aqk_ij = s <q_i, D_ij k_j>     L_ij = beta_i <k_i, D_ij k_j>     A = (I + L)^-1
+    u = A (beta v)                 w = A (beta P k)                  qg = s P q         kg = E k
+
+# NOTE [Block inverse]
+The inverse of a unit lower triangular matrix whose diagonal blocks of m rows have the inverses X and whose blocks below
+them, between neighbours, are B:  X <- X - X B X.  Starting from 1 x 1 blocks, six steps reach 64 rows.  It is block
+substitution: no power of L is ever formed, so nothing grows that the inverse does not hold.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decay import decay_from_start, decay_to_boundary, decay_to_end, log_decay, meets, sigmoid, sum_in_tile
+
+
+@triton.jit
+def chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return the first row (over all sequences) and the number of rows of a chunk."""
+    if PACKED:
+        token = tl.load(p_chunk_token + i_chunk).to(tl.int64)
+        length = tl.load(p_chunk_length + i_chunk)
+    else:
+        start = (i_chunk % NT) * C
+        token = (i_chunk // NT).to(tl.int64) * T + start
+        length = tl.minimum(T - start, C)
+    return token, length
+
+
+@triton.jit
+def load_rows(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """Load ``[C, BLOCK]`` of x [tokens, HEADS, WIDTH] from a column on; zero past the chunk's rows and the width."""
+    i_row = tl.arange(0, C)[:, None]
+    i_col = first + tl.arange(0, BLOCK)[None, :]
+    pointers = p_x + (token * HEADS + i_head) * WIDTH + i_row * (HEADS * WIDTH) + i_col
+    return tl.load(pointers, mask=(i_row < length) & (i_col < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, b_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """Store ``[C, BLOCK]`` into x [tokens, HEADS, WIDTH] from a column on, without the padding."""
+    i_row = tl.arange(0, C)[:, None]
+    i_col = first + tl.arange(0, BLOCK)[None, :]
+    pointers = p_x + (token * HEADS + i_head) * WIDTH + i_row * (HEADS * WIDTH) + i_col
+    tl.store(pointers, b_x.to(p_x.dtype.element_ty), mask=(i_row < length) & (i_col < WIDTH))
+
+
+@triton.jit
+def store_block(p_x, b_x, i_block, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Store block ``[C, BLOCK]`` number i of a workspace ``[blocks, C, BLOCK]``."""
+    offsets = tl.arange(0, C)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(p_x + i_block.to(tl.int64) * (C * BLOCK) + offsets, b_x.to(p_x.dtype.element_ty))
+
+
+@triton.jit
+def load_gate(
+    p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K,
+    C: tl.constexpr, BK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr, HAS_SLOPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, first=0,
+):  # fmt: skip
+    """Load the gate of a chunk: its argument z = g + dt_bias [C, BK], its slope, and the log decay [C, BK]."""
+    i_k = first + tl.arange(0, BK)[None, :]
+    b_z = load_rows(p_g, token, length, i_head, HV, K, C, BK, first).to(tl.float32)
+    slope = 1.0
+    if HAS_BIAS:
+        b_z += tl.load(p_dt_bias + i_head * K + i_k, mask=i_k < K, other=0.0).to(tl.float32)
+    if HAS_SLOPE:
+        slope = tl.exp(tl.load(p_A_log + i_head).to(tl.float32))
+    inside = (tl.arange(0, C)[:, None] < length) & (i_k < K)
+    return b_z, slope, tl.where(inside, log_decay(b_z, slope, lower_bound, GATE, LOWER), 0.0)
+
+
+@triton.jit
+def load_beta(p_beta, token, length, i_head, HV, C: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr):
+    """Load the write strength [C] of a chunk, zero past its rows, with its sigmoid (1 where there is none)."""
+    i_row = tl.arange(0, C)
+    b_raw = tl.load(p_beta + (token + i_row) * HV + i_head, mask=i_row < length, other=0.0).to(tl.float32)
+    b_beta = b_raw
+    if SIGMOID:
+        b_beta = FACTOR * sigmoid(b_raw)
+    return tl.where(i_row < length, b_beta, 0.0), sigmoid(b_raw)
+
+
+@triton.jit
+def inverse_root(b_square, L2NORM: tl.constexpr):
+    """Return ``1 / sqrt(b_square + 1e-6)``, the inverse norms of rows from their sums of squares, or ones."""
+    if L2NORM:
+        return tl.rsqrt(b_square + 1e-6)
+    else:
+        return b_square * 0.0 + 1.0
+
+
+@triton.jit
+def chunk_products(
+    p_q, p_k, b_g, token, length, i_group, H, K, SAFE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    LEVELS: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return ``<q_i, D_ij k_j>`` for i >= j and ``<k_i, D_ij k_j>`` for i > j, [C, C]; see NOTE [Tile anchor].
+
+    # NOTE [Read again]
+    Every stage reads q and k anew, from the cache.  Kept, they and what the compiler derives from them would fill the
+    registers; the barrier keeps it from moving the loads out of the loop.
+    """
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    FIRST: tl.constexpr = 4 if SAFE else 0
+    b_q = load_rows(p_q, token, length, i_group, H, K, C, BK)
+    b_k = load_rows(p_k, token, length, i_group, H, K, C, BK)
+    if not SAFE:
+        b_qk = tl.where(i == j, tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)[:, None], 0.0)
+        b_kk = tl.zeros((C, C), dtype=tl.float32)
+    else:
+        b_c = sum_in_tile(b_g, C, DT)
+        b_row = tl.exp(b_c)
+        b_col = tl.trans((b_k * tl.exp(-b_c)).to(DT))
+        b_qk = tl.dot((b_q * b_row).to(DT), b_col, input_precision=PRECISION)
+        b_kk = tl.dot((b_k * b_row).to(DT), b_col, input_precision=PRECISION)
+        b_qk = tl.where((i // 16 == j // 16) & (i >= j), b_qk, 0.0)
+        b_kk = tl.where((i // 16 == j // 16) & (i > j), b_kk, 0.0)
+    for level in range(FIRST, LEVELS):
+        tl.debug_barrier()
+        b_e = decay_to_boundary(b_g, level, C, DT)
+        b_ke = (load_rows(p_k, token, length, i_group, H, K, C, BK) * b_e).to(DT)
+        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, BK) * b_e).to(DT)
+        m_level = meets(level, C)
+        b_qk += tl.where(m_level, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+        b_kk += tl.where(m_level, tl.dot(b_ke, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+    return b_qk, b_kk
+
+
+@triton.jit
+def unit_inverse(b_L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return ``(I + L)^-1`` of a strictly lower triangular matrix [C, C]: NOTE [Block inverse]."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    b_X = tl.where(i == j, 1.0, 0.0) - tl.where(meets(0, C), b_L, 0.0)
+    for level in range(1, LEVELS):
+        b_BX = tl.dot(tl.where(meets(level, C), b_L, 0.0), b_X, input_precision=PRECISION)
+        b_X -= tl.dot(b_X, b_BX, input_precision=PRECISION)
+    return b_X
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def prepare_kernel(
+    p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_A, p_total, scale, lower_bound, T, NT,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr, HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr, SAFE: tl.constexpr, PACKED: tl.constexpr,
+    WRITE_A: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``."""
+    i_block = tl.program_id(0)
+    i_chunk, i_head = i_block // HV, i_block % HV
+    token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
+    i_group = i_head // (HV // H)
+    DT: tl.constexpr = p_qg.dtype.element_ty
+    LEVELS: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
+
+    _, _, b_g = load_gate(
+        p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, BK, GATE, LOWER, HAS_SLOPE, HAS_BIAS
+    )
+    tl.store(p_total + i_block.to(tl.int64) * BK + tl.arange(0, BK), tl.exp(tl.sum(b_g, 0)))
+    b_q = load_rows(p_q, token, length, i_group, H, K, C, BK).to(tl.float32)
+    b_rq = inverse_root(tl.sum(b_q * b_q, 1), L2NORM) * scale
+    b_k = load_rows(p_k, token, length, i_group, H, K, C, BK).to(tl.float32)
+    b_rk = inverse_root(tl.sum(b_k * b_k, 1), L2NORM)
+    store_block(p_kg, b_k * decay_to_end(b_g, C, DT) * b_rk[:, None], i_block, C, BK)
+    tl.debug_barrier()
+    b_beta, _ = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)
+
+    # The norms are factors of rows and columns: they are applied to the products, which are smaller.
+    b_Aqk, b_L = chunk_products(
+        p_q, p_k, b_g, token, length, i_group, H, K, SAFE, C, BK, LEVELS, DT, PRECISION
+    )
+    store_block(p_Aqk, b_Aqk * b_rq[:, None] * b_rk[None, :], i_block, C, C)
+    b_A = unit_inverse(b_L * (b_beta * b_rk)[:, None] * b_rk[None, :], C, LEVELS, PRECISION)
+    if WRITE_A:
+        store_block(p_A, b_A, i_block, C, C)
+
+    tl.debug_barrier()
+    b_start = decay_from_start(b_g, C, DT)
+    b_q = load_rows(p_q, token, length, i_group, H, K, C, BK)
+    store_block(p_qg, b_q * b_start * b_rq[:, None], i_block, C, BK)
+    b_k = load_rows(p_k, token, length, i_group, H, K, C, BK)
+    b_w = tl.dot((b_A * (b_beta * b_rk)[None, :]).to(DT), (b_k * b_start).to(DT), input_precision=PRECISION)
+    store_block(p_w, b_w, i_block, C, BK)
+    b_v = load_rows(p_v, token, length, i_head, HV, V, C, BV).to(DT)
+    b_u = tl.dot((b_A * b_beta[None, :]).to(DT), b_v, input_precision=PRECISION)
+    store_block(p_u, b_u, i_block, C, BV)

@@ -1,0 +1,132 @@
+"""Second kernels of the chunked form: the state carried through the chunks, and its gradient carried back.
+
+Per sequence, value head and slice of V, with the workspace of prepare.py:
+
+    forward:    v_new = u - w S      o = qg S + Aqk v_new      S  <- Diag(total) S + kg^T v_new
+    backward:   dv_new = Aqk^T do + kg dS                      dS <- Diag(total) dS + qg^T do - w^T dv_new
+
+S and dS stay in float32 registers; dS is the gradient of the state after the chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .prepare import load_rows, store_rows
+
+
+@triton.jit
+def sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return a sequence's first row (over all sequences), length, first chunk and number of chunks."""
+    if PACKED:
+        token = tl.load(p_cu_seqlens + i_n).to(tl.int64)
+        length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
+        chunk = tl.load(p_first_chunk + i_n).to(tl.int64)
+    else:
+        token = i_n.to(tl.int64) * T
+        length = T
+        chunk = i_n.to(tl.int64) * NT
+    return token, length, chunk, (length + C - 1) // C
+
+
+@triton.jit
+def load_state(p_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
+    """Load ``[BK, BV]`` of state number i of ``[N * HV, K, V]``, or ``[N * HV, V, K]``; zero in the padding."""
+    i_row, i_col = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    offsets = i_col * K + i_row if V_FIRST else i_row * V + i_col
+    return tl.load(p_S + i_state.to(tl.int64) * (K * V) + offsets, mask=(i_row < K) & (i_col < V), other=0.0)
+
+
+@triton.jit
+def store_state(p_S, b_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
+    """Store ``[BK, BV]`` into state number i."""
+    i_row, i_col = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+    offsets = i_col * K + i_row if V_FIRST else i_row * V + i_col
+    tl.store(p_S + i_state.to(tl.int64) * (K * V) + offsets, b_S, mask=(i_row < K) & (i_col < V))
+
+
+@triton.jit
+def block_pointers(p_x, i_block, i_v, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Return pointers to ``[C, BLOCK]``, slice i_v of block i of a workspace ``[blocks, C, WIDTH]``."""
+    offsets = tl.arange(0, C)[:, None] * WIDTH + i_v * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return p_x + i_block * (C * WIDTH) + offsets
+
+
+@triton.jit
+def state_pointers(p_x, i_block, i_k, i_v, BK: tl.constexpr, WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr):
+    """Return pointers to ``[SK, BV]``, row slice i_k and column slice i_v of block i of a workspace ``[., BK, WV]``."""
+    offsets = (i_k * SK + tl.arange(0, SK)[:, None]) * WV + i_v * BV + tl.arange(0, BV)[None, :]
+    return p_x + i_block * (BK * WV) + offsets
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def scan_kernel(
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_initial, p_o, p_final, p_states, p_v_new, p_cu_seqlens, p_first_chunk, T, NT,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
+    BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, WRITE_O: tl.constexpr,
+    WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks."""
+    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    i_n, i_head = i_nh // HV, i_nh % HV
+    token, length, chunk, num_chunks = sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C, PACKED)
+    DT: tl.constexpr = p_w.dtype.element_ty
+    if HAS_INITIAL:
+        b_S = load_state(p_initial, i_nh, i_v, K, V, BK, BV, V_FIRST)
+    else:
+        b_S = tl.zeros((BK, BV), dtype=tl.float32)
+    for i in tl.range(num_chunks, num_stages=STAGES):
+        i_block = (chunk + i) * HV + i_head
+        b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
+        b_u = tl.load(block_pointers(p_u, i_block, i_v, C, WV, BV))
+        b_kg = tl.load(block_pointers(p_kg, i_block, 0, C, BK, BK))
+        b_total = tl.load(p_total + i_block * BK + tl.arange(0, BK))
+        b_S16 = b_S.to(DT)
+        if WRITE_STATES:
+            tl.store(block_pointers(p_states, i_block, i_v, BK, WV, BV), b_S16)
+        b_v = (b_u - tl.dot(b_w, b_S16, input_precision=PRECISION)).to(DT)
+        if WRITE_STATES:
+            tl.store(block_pointers(p_v_new, i_block, i_v, C, WV, BV), b_v)
+        if WRITE_O:
+            b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
+            b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))
+            b_o = tl.dot(b_qg, b_S16, input_precision=PRECISION)
+            b_o = tl.dot(b_Aqk, b_v, b_o, input_precision=PRECISION)
+            store_rows(p_o, b_o, token + i * C, length - i * C, i_head, HV, V, C, BV, i_v * BV)
+        b_S = tl.dot(tl.trans(b_kg), b_v, b_S * b_total[:, None], input_precision=PRECISION)
+    if WRITE_FINAL:
+        store_state(p_final, b_S, i_nh, i_v, K, V, BK, BV, V_FIRST)
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def scan_backward_kernel(
+    p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens, p_first_chunk, T,
+    NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
+    BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Carry the gradient of the state of one sequence and value head back through the chunks."""
+    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    i_n, i_head = i_nh // HV, i_nh % HV
+    token, length, chunk, num_chunks = sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C, PACKED)
+    DT: tl.constexpr = p_w.dtype.element_ty
+    b_dS = load_state(p_d_final, i_nh, i_v, K, V, BK, BV, V_FIRST)
+    for step in tl.range(num_chunks, num_stages=STAGES):
+        i = num_chunks - 1 - step
+        i_block = (chunk + i) * HV + i_head
+        b_kg = tl.load(block_pointers(p_kg, i_block, 0, C, BK, BK))
+        b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))
+        b_do = load_rows(p_do, token + i * C, length - i * C, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_dS16 = b_dS.to(DT)
+        tl.store(block_pointers(p_d_states, i_block, i_v, BK, WV, BV), b_dS16)
+        b_dv = tl.dot(tl.trans(b_Aqk), b_do, input_precision=PRECISION)
+        b_dv = tl.dot(b_kg, b_dS16, b_dv, input_precision=PRECISION).to(DT)
+        tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv)
+        b_total = tl.load(p_total + i_block * BK + tl.arange(0, BK))
+        b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
+        b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
+        b_dS = tl.dot(tl.trans(b_qg), b_do, b_dS * b_total[:, None], input_precision=PRECISION)
+        b_dS -= tl.dot(tl.trans(b_w), b_dv, input_precision=PRECISION)
+    if HAS_INITIAL:
+        store_state(p_d_initial, b_dS, i_nh, i_v, K, V, BK, BV, V_FIRST)

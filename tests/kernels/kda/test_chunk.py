@@ -1,0 +1,86 @@
+"""The chunked kernels against the float64 form: output, state and every gradient, on small and awkward sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_flex.ops.kda.chunk import chunk_kda
+from hybrid_flex.ops.kda.inputs import Raw
+
+NAMES = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+
+
+def make(B: int, T: int, H: int, HV: int, K: int, V: int, N: int, raw: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(T + K)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, HV, V)}
+    x |= {"g": normal(B, T, HV, K), "beta": normal(B, T, HV)}
+    if raw:
+        x |= {"A_log": normal(HV), "dt_bias": normal(HV * K)}
+    else:
+        x["q"], x["k"] = (torch.nn.functional.normalize(x[name], dim=-1) for name in "qk")
+        x |= {"g": -torch.nn.functional.softplus(3 * x["g"]), "beta": x["beta"].sigmoid()}
+    x = {name: t.to(dtype) for name, t in x.items()}
+    return {**x, "initial_state": normal(N, HV, K, V).float()}
+
+
+def both(
+    x: dict[str, Tensor], device: str, options: dict[str, Any], cu_seqlens: Tensor | None, v_first: bool, C: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return output, state and gradients of the kernels and of the float64 form."""
+    from hybrid_flex.kernels.kda import chunk
+
+    if v_first:
+        x = {**x, "initial_state": x["initial_state"].mT.contiguous()}
+    double = {name: t.double().requires_grad_() for name, t in x.items()}
+    o, state = chunk_kda(**double, **options, cu_seqlens=cu_seqlens, state_v_first=v_first, output_final_state=True)
+    generator = torch.Generator().manual_seed(0)
+    d_o, d_state = (torch.randn(y.shape, generator=generator) for y in (o, state))
+    d_o = d_o.to(x["q"].dtype)
+    grads = torch.autograd.grad((o, state), list(double.values()), (d_o.double(), d_state.double()))
+    want = {"o": o.detach(), "state": state.detach(), **dict(zip(double, grads, strict=True))}
+
+    y = {name: t.to(device) for name, t in x.items()}
+    flags = [options.get(f"use_{name}_in_kernel", False) for name in ("qk_l2norm", "gate", "beta_sigmoid")]
+    raw = Raw(
+        *(y.get(name) for name in NAMES[:7]), *flags, options.get("allow_neg_eigval", False), options.get("lower_bound")
+    )
+    bounds = None if cu_seqlens is None else cu_seqlens.to(device)
+    scale = x["q"].shape[-1] ** -0.5
+    o, state = chunk.forward(raw, y["initial_state"], bounds, scale, v_first, C)
+    gradients = chunk.backward(d_o.to(device), d_state.to(device), raw, y["initial_state"], bounds, scale, v_first, C)
+    got = {"o": o, "state": state, **dict(zip(NAMES, gradients, strict=True))}
+    return {name: got[name].cpu() for name in want}, want
+
+
+RAW = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+CASES = {
+    "B2-T35-H2-K16-V16-softplus": ((2, 35, 2, 2, 16, 16), RAW, None, False, 32),
+    "B1-T70-H1-HV2-K24-V40-lower": ((1, 70, 1, 2, 24, 40), {**RAW, "lower_bound": -5.0}, None, True, 64),
+    "T40-packed-neg-lower": ((1, 40, 1, 1, 16, 16), {**RAW, "lower_bound": -2.0, "allow_neg_eigval": True}, [0, 17, 17, 40], False, 16),
+    "B1-T65-K16-V32-plain": ((1, 65, 1, 1, 16, 32), {}, None, False, 64),
+    "B1-T33-K80-V16": ((1, 33, 1, 1, 80, 16), RAW, None, False, 32),
+    "B1-T1": ((1, 1, 1, 1, 16, 16), RAW, None, False, 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_float64_form(case: str, dtype: torch.dtype, device: str) -> None:
+    shape, options, bounds, v_first, C = CASES[case]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    N = shape[0] if bounds is None else len(bounds) - 1
+    x = make(*shape, N, bool(options), dtype)
+    got, want = both(x, device, options, cu_seqlens, v_first, C)
+    budgets = dict.fromkeys(want, 2e-5 if dtype == torch.float32 else 4e-3)
+    # Sums of signed terms over all tokens: what cancels in the sum does not cancel in its rounding errors.
+    budgets |= dict.fromkeys(("A_log", "dt_bias"), 1e-4 if dtype == torch.float32 else 2e-2)
+    errors = {name: ((got[name].double() - want[name]).norm() / want[name].norm()).item() for name in want}
+    assert not [name for name in want if not errors[name] < budgets[name]], errors
