@@ -3,7 +3,7 @@
 forward:   prepare -> scan
 backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs
 
-The backward begins from the raw inputs: nothing is kept between the two.
+The backward begins from the raw inputs and the output: nothing else is kept between the two.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from .gradients import inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
 from .prepare import prepare_kernel
 from .scan import scan_backward_kernel, scan_kernel
+
+
+# NOTE [Slices of 64]
+# Kernels of 4 warps and 64 rows work on 64 columns of K or V at a time: with more, registers spill.  Not fewer either,
+# and smaller heads are padded: Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared
+# memory (seen with compute-sanitizer on an H100).
+SLICE = 64
 
 
 class _Plan(NamedTuple):
@@ -40,7 +47,7 @@ class _Plan(NamedTuple):
 
 def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     (B, T, H, K), (HV, V) = raw.q.shape, raw.v.shape[2:]
-    BK, WV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
+    BK, WV = max(SLICE, triton.next_power_of_2(K)), max(SLICE, triton.next_power_of_2(V))
     # Shared memory and registers of one block of threads hold this many rows; the result is the same function.
     row_bytes = max(BK, WV) * raw.q.element_size()
     C = min(chunk_size, 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16)
@@ -73,9 +80,10 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     return _Plan(raw, cu_seqlens, places, N, num_chunks, NT, {"H": H, **sizes, "WV": WV}, gate, raw.q.dtype)
 
 
-def _is_safe(raw: Any) -> bool:
-    """Tell whether a tile of 16 rows needs one anchor only: NOTE [Tile anchor]."""
-    return raw.gate and raw.lower_bound is not None and raw.lower_bound >= -5 and raw.q.dtype != torch.float16
+def _anchor(raw: Any) -> dict[str, bool]:
+    """Tell whether a tile of 16 rows may take one anchor, and whether it always does: NOTE [Tile anchor]."""
+    anchor = raw.q.dtype != torch.float16
+    return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -5}
 
 
 class _Workspace(NamedTuple):
@@ -87,10 +95,13 @@ class _Workspace(NamedTuple):
     u: Tensor
     Aqk: Tensor
     A: Tensor
+    kk: Tensor
     total: Tensor
+    tiles: Tensor
+    norms: Tensor
 
 
-def _prepare(plan: _Plan, scale: float, write_A: bool) -> _Workspace:
+def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
     raw, sizes = plan.raw, plan.sizes
     HV, C, BK, WV = sizes["HV"], sizes["C"], sizes["BK"], sizes["WV"]
     blocks = plan.num_chunks * HV
@@ -104,14 +115,17 @@ def _prepare(plan: _Plan, scale: float, write_A: bool) -> _Workspace:
         w=empty(blocks, C, BK),
         u=empty(blocks, C, WV),
         Aqk=empty(blocks, C, C),
-        A=empty(blocks, C, C) if write_A else empty(0),
+        A=empty(blocks, C, C) if for_backward else empty(0),
+        kk=empty(blocks, C, C) if for_backward else empty(0),
         total=torch.empty((blocks, BK), dtype=torch.float32, device=raw.q.device),
+        tiles=torch.empty((blocks, C // 16, BK), dtype=torch.float32, device=raw.q.device),
+        norms=torch.empty((blocks if for_backward else 0, 2, C), dtype=torch.float32, device=raw.q.device),
     )
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
-        *work[:5], work.A, work.total, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
-        H=sizes["H"], HV=HV, K=sizes["K"], V=sizes["V"], C=C, BK=BK, BV=WV,
-        **plan.gate, SAFE=_is_safe(raw), WRITE_A=write_A, num_warps=8 if C * BK >= 8192 else 4, num_stages=1,
+        *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
+        **sizes, SK=SLICE, BV=SLICE, **plan.gate, **_anchor(raw), FOR_BACKWARD=for_backward,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
 
@@ -128,12 +142,11 @@ def _places(plan: _Plan) -> list[Tensor]:
 def _scan_arguments(plan: _Plan) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
     """Return trailing positional arguments, keywords and the grid that both scans take."""
     sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
-    BV = min(sizes["WV"], 64)
     sequences = plan.num_sequences * sizes["HV"]
     tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
     positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence]
-    keywords = {**sizes, "BV": BV, "PACKED": plan.gate["PACKED"], "PRECISION": plan.gate["PRECISION"]}
-    return positional, keywords, (sizes["WV"] // BV, sequences)
+    keywords = {**sizes, "BV": SLICE, "PACKED": plan.gate["PACKED"], "PRECISION": plan.gate["PRECISION"]}
+    return positional, keywords, (sizes["WV"] // SLICE, sequences)
 
 
 def _scan(
@@ -160,13 +173,13 @@ def forward(
     dims = (V, K) if state_v_first else (K, V)
     final = torch.empty((plan.num_sequences, HV, *dims), dtype=torch.float32, device=raw.q.device)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    work = _prepare(plan, scale, write_A=False)
+    work = _prepare(plan, scale, for_backward=False)
     _scan(plan, work, initial_state, state_v_first, o, final, None)
     return o, final
 
 
 def backward(
-    d_o: Tensor, d_final: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
+    d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
     state_v_first: bool, chunk_size: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
@@ -175,10 +188,10 @@ def backward(
     sizes, device = plan.sizes, raw.q.device
     H, HV, K, C, BK, WV = (sizes[name] for name in ("H", "HV", "K", "C", "BK", "WV"))
     blocks = plan.num_chunks * HV
-    d_o, d_final = d_o.contiguous(), d_final.contiguous()
+    d_o, d_final, o = d_o.contiguous(), d_final.contiguous(), o.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
 
-    work = _prepare(plan, scale, write_A=True)
+    work = _prepare(plan, scale, for_backward=True)
     states = torch.empty((blocks, BK, WV), dtype=plan.dtype, device=device)
     _scan(plan, work, initial_state, state_v_first, None, None, states)
     v_new = work.u
@@ -190,34 +203,34 @@ def backward(
         d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, d_states, dv_new, d_initial, *positional,
         **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first, STAGES=1, num_warps=4, num_stages=1,
     )  # fmt: skip
-    A, total = work.A, work.total
+    A, kk, total, tiles, norms = work.A, work.kk, work.total, work.tiles, work.norms
     del work  # its memory serves the gradients
 
     dAqk, dL = torch.empty_like(A), torch.empty_like(A)
-    d_beta_v = torch.empty((blocks, C), dtype=torch.float32, device=device)
+    along = torch.empty((blocks, 2, C), dtype=torch.float32, device=device)
     dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
     common = [raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan)]
     lower_bound, T, NT = raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence
     keywords = {"H": H, **{name: sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}, **plan.gate}
+    keywords |= {"SK": SLICE, "BV": SLICE, "num_warps": 4, "num_stages": 1}
     launchable(triangle_kernel)[(blocks,)](
-        d_o, raw.k, raw.v, raw.g, *common, A, states, v_new, dv_new, dv, d_beta_v, dAqk, dL, lower_bound, T, NT,
-        BV=min(WV, 64), SK=min(BK, max(BK // 2, 64)), num_warps=8 if C * BK >= 8192 else 4, num_stages=1, **keywords,
+        d_o, o, raw.k, raw.v, raw.g, *common, A, kk, tiles, norms, states, v_new, dv_new, dv, d_beta, dAqk, dL, along,
+        lower_bound, T, NT, **keywords,
     )  # fmt: skip
     # Heads that share a query and key are summed in float32 before they are rounded.
     per_head = (*raw.q.shape[:2], HV, K)
     dq, dk = (torch.empty(per_head, dtype=raw.q.dtype if H == HV else torch.float32, device=device) for _ in "qk")
-    d_slope = torch.empty(blocks, dtype=torch.float32, device=device)
+    d_slope = torch.empty((blocks, BK // SLICE), dtype=torch.float32, device=device)
     d_bias = torch.empty((blocks, BK), dtype=torch.float32, device=device)
-    launchable(inputs_kernel)[(blocks,)](
-        d_o, raw.q, raw.k, raw.g, *common, A, total, states, d_states, v_new, dv_new, d_beta_v, dAqk, dL,
-        dq, dk, dg, d_beta, d_slope, d_bias, scale, lower_bound, T, NT, BV=min(WV, 64), SAFE=_is_safe(raw),
-        SK=min(BK, max(BK // 2, 64)), num_warps=8 if C * BK >= 8192 else 4, num_stages=1, **keywords,
+    launchable(inputs_kernel)[(blocks, BK // SLICE)](
+        d_o, raw.q, raw.k, raw.g, *common, A, total, tiles, norms, states, d_states, v_new, dv_new, dAqk, dL, along,
+        dq, dk, dg, d_slope, d_bias, scale, lower_bound, T, NT, **_anchor(raw), **keywords,
     )  # fmt: skip
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))
     dA_log = d_dt_bias = raw.q.new_empty(0)
     if shapes.A_log is not None:
-        dA_log = d_slope.view(-1, HV).sum(0).reshape(shapes.A_log.shape).to(shapes.A_log.dtype)
+        dA_log = d_slope.view(-1, HV, BK // SLICE).sum((0, 2)).reshape(shapes.A_log.shape).to(shapes.A_log.dtype)
     if shapes.dt_bias is not None:
         d_dt_bias = d_bias.view(-1, HV, BK).sum(0)[:, :K].reshape(shapes.dt_bias.shape).to(shapes.dt_bias.dtype)
     return dq, dk, dv, dg, d_beta, dA_log, d_dt_bias, d_initial

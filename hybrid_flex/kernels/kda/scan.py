@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .prepare import load_rows, store_rows
+from .prepare import block_pointers, load_rows, store_rows
 
 
 @triton.jit
@@ -44,13 +44,6 @@ def store_state(p_S, b_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr
     i_row, i_col = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     offsets = i_col * K + i_row if V_FIRST else i_row * V + i_col
     tl.store(p_S + i_state.to(tl.int64) * (K * V) + offsets, b_S, mask=(i_row < K) & (i_col < V))
-
-
-@triton.jit
-def block_pointers(p_x, i_block, i_v, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Return pointers to ``[C, BLOCK]``, slice i_v of block i of a workspace ``[blocks, C, WIDTH]``."""
-    offsets = tl.arange(0, C)[:, None] * WIDTH + i_v * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return p_x + i_block * (C * WIDTH) + offsets
 
 
 @triton.jit

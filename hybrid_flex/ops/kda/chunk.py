@@ -9,8 +9,8 @@ start through row i, ``E`` = decay after row i to the chunk's end, ``S`` the sta
     S'     = Diag(P_last) S + (E k)^T v_new
 
 Everything but ``v_new`` and ``S'`` is computed for all chunks at once.  The backward is written out by hand as a second
-operator; it recomputes the chunk quantities from the raw inputs, so the forward saves nothing but its arguments (under
-torch.compile both stand in one graph, and common subexpressions are computed once).
+operator; it recomputes the chunk quantities from the raw inputs, so the forward saves nothing but its arguments and its
+output, which the kernels use (under torch.compile both stand in one graph, and common subexpressions are computed once).
 Source: Kimi Linear, arXiv:2510.26692, section 3.
 """
 
@@ -198,6 +198,7 @@ _chunk_kda.register_fake(fake)
 def _chunk_kda_backward(
     d_o: Tensor,
     d_final: Tensor,
+    o: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -221,7 +222,7 @@ def _chunk_kda_backward(
         from hybrid_flex.kernels.kda import chunk
 
         return chunk.backward(  # type: ignore[return-value]
-            d_o, d_final, raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size
+            d_o, d_final, o, raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size
         )
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
@@ -240,7 +241,7 @@ def _chunk_kda_backward(
 
 
 @_chunk_kda_backward.register_fake
-def _(d_o: Tensor, d_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _(d_o: Tensor, d_final: Tensor, o: Tensor, *args: Any) -> tuple[Tensor, ...]:
     raw, initial_state = Raw(*args[:12]), args[12]
     like = (raw.q, raw.k, raw.v, raw.g, raw.beta, raw.A_log, raw.dt_bias, initial_state)
     return tuple(
@@ -249,17 +250,17 @@ def _(d_o: Tensor, d_final: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save the arguments of a KDA operator, and nothing else, for its backward."""
-    tensors = (*inputs[:7], inputs[12], inputs[13])
+    """Save the arguments and the output of a KDA operator, which the caller holds anyway, for its backward."""
+    tensors = (output[0], *inputs[:7], inputs[12], inputs[13])
     ctx.save_for_backward(*tensors)
     ctx.options = (inputs[7:12], inputs[14:])
 
 
 def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
-    *raw, initial_state, cu_seqlens = ctx.saved_tensors
+    o, *raw, initial_state, cu_seqlens = ctx.saved_tensors
     flags, options = ctx.options
-    grads = _chunk_kda_backward(d_o, d_final, *raw, *flags, initial_state, cu_seqlens, *options)
+    grads = _chunk_kda_backward(d_o, d_final, o, *raw, *flags, initial_state, cu_seqlens, *options)
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
     return (*wanted[:7], *[None] * len(flags), wanted[7], None, *[None] * len(options))
 

@@ -244,7 +244,7 @@ def test_opcheck(make_kda: Make, packed: bool, fresh_dynamo: None) -> None:
     o, state = torch.ops.hybrid_flex.chunk_kda(*arguments)
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     gradients = (torch.randn(o.shape), torch.randn(state.shape))
-    torch.library.opcheck(torch.ops.hybrid_flex.chunk_kda_backward.default, (*gradients, *detached))
+    torch.library.opcheck(torch.ops.hybrid_flex.chunk_kda_backward.default, (*gradients, o.detach(), *detached))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
