@@ -59,7 +59,7 @@ def log2_decay(b_z, slope, lower_bound, GATE: tl.constexpr, LOWER: tl.constexpr)
 @triton.jit
 def sum_rows(m_rows, b_x, DT: tl.constexpr):
     """Sum the rows of x [C, K] that each row of the 0/1 matrix ``m_rows [C, C]`` names: NOTE [Split sums]."""
-    if DT == tl.bfloat16:
+    if tl.bfloat16 == DT:
         b_high = b_x.to(tl.bfloat16)
         b_low = (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
         b_m = m_rows.to(tl.bfloat16)

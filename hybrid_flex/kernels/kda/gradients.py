@@ -125,15 +125,17 @@ def level_gradients(
 ):  # fmt: skip
     """Add the pairs of one level, decayed by ``b_row`` and ``b_col``, to the gradients of rows and columns."""
     tl.debug_barrier()  # NOTE [Read again] in prepare.py
+    b_left = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None] * b_col
+    b_left = b_left.to(DT)
     b_dqk = tl.where(m_level, tl.load(p_dAqk), 0.0).to(DT)
-    b_dkk = tl.where(m_level, tl.load(p_dL), 0.0).to(DT)
-    b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
-    b_left = (b_k * b_col).to(DT)
     b_q_row += tl.dot(b_dqk, b_left, input_precision=PRECISION) * b_row
+    b_dkk = tl.where(m_level, tl.load(p_dL), 0.0).to(DT)
     b_k_row += tl.dot(b_dkk, b_left, input_precision=PRECISION) * b_row
-    b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_rq[:, None]
-    b_sum = tl.dot(tl.trans(b_dqk), (b_q * b_row).to(DT), input_precision=PRECISION)
-    b_sum = tl.dot(tl.trans(b_dkk), (b_k * b_row * b_beta[:, None]).to(DT), b_sum, input_precision=PRECISION)
+    tl.debug_barrier()
+    b_right = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_rq[:, None] * b_row
+    b_sum = tl.dot(tl.trans(b_dqk), b_right.to(DT), input_precision=PRECISION)
+    b_right = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * (b_rk * b_beta)[:, None] * b_row
+    b_sum = tl.dot(tl.trans(b_dkk), b_right.to(DT), b_sum, input_precision=PRECISION)
     return b_q_row, b_k_row, b_k_col + b_sum * b_col
 
 
@@ -201,6 +203,12 @@ def inputs_kernel(
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     p_dAqk = block_pointers(p_dAqk, i_block, 0, C, C, C)
     p_dL = block_pointers(p_dL, i_block, 0, C, C, C)
+    for level in range(4, LEVELS):
+        b_e = decay_to_tile_boundary(b_c, p_tiles, first, level, C, BK, SK)
+        b_q_row, b_k_row, b_k_col = level_gradients(
+            b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, b_e, b_e, meets(level, C), p_dAqk, p_dL,
+            token, length, i_group, H, K, first, C, SK, DT, PRECISION,
+        )  # fmt: skip
     use_anchor = ANCHOR
     if ANCHOR and not SAFE:
         use_anchor = tl.min(tl.min(b_c, 1), 0) >= -116.0
@@ -210,23 +218,22 @@ def inputs_kernel(
             (i // 16 == j // 16) & (i >= j), p_dAqk, p_dL, token, length, i_group, H, K, first, C, SK, DT, PRECISION,
         )  # fmt: skip
     else:
+        tl.debug_barrier()
         b_diagonal = tl.sum(tl.load(p_dAqk, mask=i == j, other=0.0).to(tl.float32), 1)
-        b_q_row += b_diagonal[:, None] * b_k_slice
+        b_k_again = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
+        b_q_row += b_diagonal[:, None] * b_k_again
         b_q_slice = load_rows(p_q, token, length, i_group, H, K, C, SK, first)
         b_k_col += b_q_slice * (b_diagonal * b_rq * scale)[:, None]
+        b_z, slope, b_g = load_gate(
+            p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
+            first,
+        )  # fmt: skip
         for level in range(4):
             b_e = decay_to_row_boundary(b_g, level, C, DT)
             b_q_row, b_k_row, b_k_col = level_gradients(
                 b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, b_e, b_e, meets(level, C), p_dAqk,
                 p_dL, token, length, i_group, H, K, first, C, SK, DT, PRECISION,
             )  # fmt: skip
-    for level in range(4, LEVELS):
-        b_e = decay_to_tile_boundary(b_c, p_tiles, first, level, C, BK, SK)
-        b_q_row, b_k_row, b_k_col = level_gradients(
-            b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, b_e, b_e, meets(level, C), p_dAqk, p_dL,
-            token, length, i_group, H, K, first, C, SK, DT, PRECISION,
-        )  # fmt: skip
-
     # dG, its sum from each row to the end of the chunk, and through the norms.
     tl.debug_barrier()
     b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_rq[:, None]

@@ -118,12 +118,11 @@ def tree_products(
     b_qk, b_kk, m_rows, p_q, p_k, b_g, token, length, i_group, H, K, first, C: tl.constexpr, SK: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Replace the rows ``m_rows [C, 1]`` of the products inside tiles by those of the tree's levels 1, 2, 4, 8."""
+    """Add the products inside tiles, of rows ``m_rows [C, 1]``, by the tree's levels 1, 2, 4, 8."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first).to(tl.float32)
     b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first).to(tl.float32)
-    b_qk = tl.where(m_rows, tl.where(i == j, tl.sum(b_q * b_k, 1)[:, None], 0.0), b_qk)
-    b_kk = tl.where(m_rows, 0.0, b_kk)
+    b_qk += tl.where(m_rows & (i == j), tl.sum(b_q * b_k, 1)[:, None], 0.0)
     for level in range(4):
         tl.debug_barrier()  # NOTE [Read again]
         b_e = decay_to_row_boundary(b_g, level, C, DT)
@@ -137,61 +136,47 @@ def tree_products(
 
 @triton.jit
 def slice_products(
-    p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
+    b_qk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR: tl.constexpr,
+    SAFE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return a slice of K's part of ``<q_i, D_ij k_j>`` for i >= j and ``<k_i, D_ij k_j>`` for i > j, [C, C].
+    """Add a slice of K's part of ``<q_i, D_ij k_j>`` for i >= j and ``<k_i, D_ij k_j>`` for i > j, [C, C].
 
     # NOTE [Read again]
     Every stage reads q and k anew, from the cache.  Kept, they and what the compiler derives from them would fill the
     registers; the barrier keeps it from merging the loads.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    if ANCHOR:
-        b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first)
-        b_row = tl.exp2(b_c)
-        b_col = tl.trans((b_k * tl.exp2(tl.minimum(-b_c, 126.0))).to(DT))
-        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_row).to(DT)
-        b_qk = tl.dot(b_qe, b_col, input_precision=PRECISION)
-        b_kk = tl.dot((b_k * b_row).to(DT), b_col, input_precision=PRECISION)
-        m_tile = i // 16 == j // 16
-        b_qk = tl.where(m_tile & (i >= j), b_qk, 0.0)
-        b_kk = tl.where(m_tile & (i > j), b_kk, 0.0)
-        if not SAFE:
-            m_rows = tl.min(b_c, 1) < -116.0  # NOTE [Tile anchor]
-            if tl.max(m_rows.to(tl.int32), 0) == 1:
-                b_qk, b_kk = tree_products(
-                    b_qk,
-                    b_kk,
-                    m_rows[:, None],
-                    p_q,
-                    p_k,
-                    b_g,
-                    token,
-                    length,
-                    i_group,
-                    H,
-                    K,
-                    first,
-                    C,
-                    SK,
-                    DT,
-                    PRECISION,
-                )
-    else:
-        b_qk = tl.zeros((C, C), dtype=tl.float32)
-        b_qk, b_kk = tree_products(
-            b_qk, b_qk, i >= 0, p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT, PRECISION
-        )
     for level in range(4, LEVELS):
-        tl.debug_barrier()
         b_e = decay_to_tile_boundary(b_c, p_tiles, first, level, C, BK, SK)
         b_ke = (load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
         b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
         m_level = meets(level, C)
         b_qk += tl.where(m_level, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
         b_kk += tl.where(m_level, tl.dot(b_ke, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+        tl.debug_barrier()
+    if ANCHOR:
+        b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first)
+        b_col = tl.trans((b_k * tl.exp2(tl.minimum(-b_c, 126.0))).to(DT))
+        b_row = tl.exp2(b_c)
+        m_tile = i // 16 == j // 16
+        if not SAFE:
+            m_rows = tl.min(b_c, 1) < -116.0  # NOTE [Tile anchor]
+            m_tile = m_tile & (m_rows[:, None] == 0)
+        b_ke = (b_k * b_row).to(DT)
+        b_kk += tl.where(m_tile & (i > j), tl.dot(b_ke, b_col, input_precision=PRECISION), 0.0)
+        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_row).to(DT)
+        b_qk += tl.where(m_tile & (i >= j), tl.dot(b_qe, b_col, input_precision=PRECISION), 0.0)
+        if not SAFE:
+            if tl.max(m_rows.to(tl.int32), 0) == 1:
+                b_qk, b_kk = tree_products(
+                    b_qk, b_kk, m_rows[:, None], p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT,
+                    PRECISION,
+                )  # fmt: skip
+    else:
+        b_qk, b_kk = tree_products(
+            b_qk, b_kk, i >= 0, p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT, PRECISION
+        )
     return b_qk, b_kk
 
 
@@ -261,12 +246,10 @@ def prepare_kernel(
         b_qs = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * (b_rq * scale)[:, None]
         tl.store(block_pointers(p_qg, i_block, i_s, C, BK, SK), (b_qs * b_start).to(DT))
         tl.debug_barrier()
-        b_products = slice_products(
-            p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR, SAFE, C, BK, SK, LEVELS, DT,
+        b_Aqk, b_kk = slice_products(
+            b_Aqk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR, SAFE, C, BK, SK, LEVELS, DT,
             PRECISION,
         )  # fmt: skip
-        b_Aqk += b_products[0]
-        b_kk += b_products[1]
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
     store_block(p_Aqk, b_Aqk * (b_rq * scale)[:, None] * b_rk[None, :], i_block, C, C)

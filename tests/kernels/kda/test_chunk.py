@@ -55,7 +55,9 @@ def both(
     bounds = None if cu_seqlens is None else cu_seqlens.to(device)
     scale = x["q"].shape[-1] ** -0.5
     o, state = chunk.forward(raw, y["initial_state"], bounds, scale, v_first, C)
-    gradients = chunk.backward(d_o.to(device), d_state.to(device), o, raw, y["initial_state"], bounds, scale, v_first, C)
+    gradients = chunk.backward(
+        d_o.to(device), d_state.to(device), o, raw, y["initial_state"], bounds, scale, v_first, C
+    )
     got = {"o": o, "state": state, **dict(zip(NAMES, gradients, strict=True))}
     return {name: got[name].cpu() for name in want}, want
 

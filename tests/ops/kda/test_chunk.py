@@ -374,21 +374,3 @@ def test_chunk_size_and_unknown_keyword() -> None:
         chunk_kda(**X, chunk_size=48)
     with pytest.raises(TypeError, match="unexpected keyword argument 'head_first'"):
         chunk_kda(**X, head_first=True)  # type: ignore[call-arg]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("bounds", [None, [0, 3, 3, 90, 200]], ids=["batched", "packed"])
-def test_cuda_equals_cpu(make_kda: Make, bounds: list[int] | None) -> None:
-    x = make_kda(1, 200, 2, 64, 32, HV=4, num_sequences=None if bounds is None else 4, raw=True, dtype=torch.float32)
-    options = {**RAW, "cu_seqlens": None if bounds is None else torch.tensor(bounds)}
-    on_gpu = {n: t.detach().cuda().requires_grad_() for n, t in x.items()}
-    cu = options["cu_seqlens"]
-    o, state = chunk_kda(
-        **on_gpu, **options | {"cu_seqlens": None if cu is None else cu.cuda()}, output_final_state=True
-    )
-    want, want_state = chunk_kda(**x, **options, output_final_state=True)
-    assert relative_error(o.cpu(), want) < 1e-4 and relative_error(state.cpu(), want_state) < 1e-4
-    grads = torch.autograd.grad(o.sum() + state.sum(), list(on_gpu.values()))
-    wanted = torch.autograd.grad(want.sum() + want_state.sum(), list(x.values()))
-    for name, got, expected in zip(x, grads, wanted, strict=True):
-        assert relative_error(got.cpu(), expected) < 1e-3, name

@@ -1,0 +1,167 @@
+"""The CUDA kernels of chunk_kda against the float64 form on the same device: values, gradients, identities, compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hybrid_flex.ops import chunk_kda
+
+pytestmark = pytest.mark.gpu
+
+RAW = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+LOWER = {**RAW, "lower_bound": -5.0, "safe_gate": True}
+# Relative error in the Frobenius norm.  In 16 bits twice what flash-linear-attention asks of its own kernels (outputs
+# and states 0.005, dq dk dv 0.008, dg dbeta 0.02), because these inputs are small; the gradients of A_log and dt_bias
+# are a few sums of signed terms, in which the terms cancel and their errors do not.
+BFLOAT16 = {"o": 0.01, "state": 0.01, "g": 0.02, "beta": 0.02, "A_log": 0.05, "dt_bias": 0.05}
+
+
+def inputs(
+    B: int, T: int, H: int, HV: int, K: int, V: int, dtype: torch.dtype, *, N: int | None = None, raw: bool = True
+) -> dict[str, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(T + K)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    x = {"q": normal(B, T, H, K), "k": normal(B, T, H, K), "v": normal(B, T, HV, V)}
+    if raw:
+        x |= {"g": normal(B, T, HV, K), "beta": normal(B, T, HV)}
+    else:
+        x |= {name: torch.nn.functional.normalize(x[name], dim=-1) for name in "qk"}
+        x |= {"g": -torch.nn.functional.softplus(2 * normal(B, T, HV, K)), "beta": normal(B, T, HV).sigmoid()}
+    x = {name: t.to(dtype) for name, t in x.items()}
+    if raw:
+        x |= {"A_log": normal(HV).abs(), "dt_bias": normal(HV * K) - 2}
+    x["initial_state"] = normal(B if N is None else N, HV, K, V)
+    return {name: t.requires_grad_() for name, t in x.items()}
+
+
+def results(x: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    o, state = chunk_kda(**x, **options, output_final_state=True)
+    assert state is not None
+    generator = torch.Generator("cuda").manual_seed(7)
+    weights = [torch.randn(t.shape, generator=generator, device="cuda").to(t.dtype) for t in (o, state)]
+    grads = torch.autograd.grad((o, state), list(x.values()), weights)
+    return {"o": o.detach(), "state": state.detach(), **dict(zip(x, grads, strict=True))}
+
+
+def in_float64(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().double().requires_grad_() for name, t in x.items()}
+
+
+def check(x: dict[str, Tensor], **options: Any) -> None:
+    got, want = results(x, **options), results(in_float64(x), **options)
+    dtype = x["q"].dtype
+    for name, expected in want.items():
+        assert got[name].isfinite().all(), name
+        budget = BFLOAT16.get(name, 0.016)
+        if dtype != torch.bfloat16:
+            budget *= 1e-3 if dtype == torch.float32 else 0.25
+        error = (got[name].double() - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error < budget, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("options", [LOWER, RAW], ids=["lower-bound", "softplus"])
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 17, 63, 64, 65, 255, 1000, 4097])
+def test_lengths(T: int, options: dict[str, Any]) -> None:
+    check(inputs(1, T, 2, 2, 128, 128, torch.bfloat16), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "C", "options"),
+    [
+        ((2, 200, 2, 4, 64, 128), torch.float16, 32, RAW),
+        ((1, 150, 1, 2, 100, 48), torch.float32, 64, LOWER),
+        ((1, 130, 1, 1, 256, 256), torch.bfloat16, 64, LOWER),
+        ((2, 70, 1, 2, 16, 16), torch.bfloat16, 16, {**RAW, "allow_neg_eigval": True}),
+        ((1, 300, 2, 2, 32, 64), torch.bfloat16, 64, LOWER),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_widths_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype, C: int, options: dict[str, Any]) -> None:
+    check(inputs(*shape, dtype), chunk_size=C, **options)
+
+
+def test_without_anything_inside() -> None:
+    check(inputs(2, 130, 2, 2, 128, 128, torch.bfloat16, raw=False), scale=0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_packed(dtype: torch.dtype) -> None:
+    bounds = [0, 130, 130, 131, 400, 464, 464]
+    x = inputs(1, bounds[-1], 2, 2, 128, 128, torch.bfloat16, N=len(bounds) - 1)
+    x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
+    check(x, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=dtype), state_v_first=True, **LOWER)
+
+
+@pytest.mark.parametrize("kind", ["none", "reset", "mixed", "beta 0", "beta 1", "k 0"])
+def test_extremes(kind: str) -> None:
+    x = {name: t.detach() for name, t in inputs(1, 200, 2, 2, 128, 128, torch.bfloat16, raw=False).items()}
+    if kind == "none":
+        x["g"] = torch.zeros_like(x["g"])
+    elif kind == "reset":
+        x["g"] = torch.full_like(x["g"], -1000.0)
+    elif kind == "mixed":
+        x["g"] = x["g"].clone()
+        x["g"][:, ::7] = -1000.0
+        x["g"][:, 100:] *= 20
+    elif kind.startswith("beta"):
+        x["beta"] = torch.full_like(x["beta"], float(kind[-1]))
+    else:
+        x["k"] = torch.zeros_like(x["k"])
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    got, want = results(x), results(in_float64(x))
+    for name, expected in want.items():
+        assert got[name].isfinite().all(), name
+        if name not in ("g", "beta"):  # where nothing decays into anything, their gradients are rounding errors
+            error = (got[name].double() - expected).norm() / expected.norm().clamp(min=1e-3)
+            assert error < BFLOAT16.get(name, 0.016), f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("options", [LOWER, RAW], ids=["lower-bound", "softplus"])
+@pytest.mark.parametrize("token", [3, 40, 64, 150])
+def test_causality_is_bit_exact(token: int, options: dict[str, Any]) -> None:
+    x = {name: t.detach() for name, t in inputs(1, 200, 2, 2, 128, 128, torch.bfloat16).items()}
+    before, _ = chunk_kda(**x, **options)
+    for name in ("q", "k", "v", "g", "beta"):
+        x[name] = x[name].clone()
+        x[name][:, token:] = 30 * torch.randn_like(x[name][:, token:])
+    after, _ = chunk_kda(**x, **options)
+    assert torch.equal(before[:, :token], after[:, :token]) and not torch.equal(before, after)
+
+
+def test_same_bits_every_run_with_poisoned_memory(nan_memory: None) -> None:
+    x = inputs(2, 300, 2, 2, 128, 128, torch.bfloat16)
+    first = results(x, **RAW)
+    for name, again in results(x, **RAW).items():
+        assert again.isfinite().all() and torch.equal(first[name], again), name
+
+
+def test_opcheck() -> None:
+    x = {name: t.detach() for name, t in inputs(1, 100, 2, 2, 128, 128, torch.bfloat16).items()}
+    named = [x[name].requires_grad_() for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
+    arguments = (*named, True, True, True, False, -5.0, x["initial_state"], None, 0.1, False, 64)
+    torch.library.opcheck(torch.ops.hybrid_flex.chunk_kda.default, arguments)
+
+
+def test_one_graph_for_several_lengths_forward_and_backward(fresh_dynamo: None) -> None:
+    backend = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(chunk_kda, backend=backend, fullgraph=True)
+    for T in (200, 130, 1000):
+        x = inputs(1, T, 2, 2, 128, 128, torch.bfloat16)
+        for name in ("q", "k", "v", "g", "beta"):
+            torch._dynamo.mark_dynamic(x[name], 1)
+        o, state = compiled(**x, **LOWER, output_final_state=True)
+        grads = torch.autograd.grad(o.sum() + state.sum(), list(x.values()))
+        o_eager, state_eager = chunk_kda(**x, **LOWER, output_final_state=True)
+        wanted = torch.autograd.grad(o_eager.sum() + state_eager.sum(), list(x.values()))
+        assert torch.equal(o, o_eager) and torch.equal(state, state_eager)
+        for name, got, want in zip(x, grads, wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * float(want.abs().max()), msg=name)
+    assert backend.frame_count == 1
