@@ -29,7 +29,7 @@ def chunk_scan(
     compile does not grow with the number of slices and that number may be dynamic. The ``scan`` of torch has no public
     name yet; where it is missing the loop is unrolled, which is right but fixes the number of slices.
     """
-    scan_op = None if _is_plain(carry) else _find_scan_op()
+    scan_op = None if is_plain(carry) else _find_scan_op()
     if scan_op is not None:
 
         def combine(*flat: Tensor) -> tuple[Tensor, ...]:
@@ -68,7 +68,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
 

@@ -195,8 +195,8 @@ def forward(
 
 
 def backward(
-    d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    state_v_first: bool, chunk_size: int,
+    d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float, state_v_first: bool, chunk_size: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
     plan = _plan(raw, cu_seqlens, chunk_size)
@@ -244,7 +244,7 @@ def backward(
     )  # fmt: skip
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))
-    dA_log = d_dt_bias = raw.q.new_empty(0)
+    dA_log, d_dt_bias = raw.q.new_empty(0), raw.q.new_empty(0)  # two: outputs of an operator may not alias
     if shapes.A_log is not None:
         dA_log = d_slope.view(-1, HV, BK // SLICE).sum((0, 2)).reshape(shapes.A_log.shape).to(shapes.A_log.dtype)
     if shapes.dt_bias is not None:

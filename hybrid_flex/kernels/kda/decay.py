@@ -18,8 +18,8 @@ float32 inputs tf32 in three passes keeps float32's digits.
 # NOTE [Tile anchor]
 Inside a tile D_ij = 2^c_i 2^-c_j.  While -c stays below 116 (the lower-bound gate with -5 allows 16 * 5 * log2 e =
 115.4) both factors are numbers of float32, bfloat16 and tf32, and one product serves the whole tile.  A row whose sum
-is below -116 in some channel takes the four levels of the tree instead.  Which of the two a row takes depends on rows up
-to it only, so causality holds bit for bit.  float16 cannot hold the factors and always takes the tree.
+is below -116 in some channel takes the four levels of the tree instead.  Which of the two a row takes depends on rows
+up to it only, so causality holds bit for bit.  float16 cannot hold the factors and always takes the tree.
 """
 
 from __future__ import annotations
@@ -158,6 +158,6 @@ def decay_to_row_boundary(b_g, level, C: tl.constexpr, DT: tl.constexpr):
 
 @triton.jit
 def meets(level, C: tl.constexpr):
-    """Return [C, C], whether rows i and j stand in the right and the left of two neighbouring blocks of 2^level rows."""
+    """Return [C, C], whether rows i, j stand in the right and the left of two neighbouring blocks of 2^level rows."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     return ((i >> level) > (j >> level)) & ((i >> (level + 1)) == (j >> (level + 1)))

@@ -41,7 +41,7 @@ def _forward_kernel(
     b_x = tl.load(p_x + base + offsets, mask=mask, other=0.0).to(tl.float32)
     b_gate = tl.load(p_gate + base + offsets, mask=mask, other=0.0).to(tl.float32)
     b_weight = tl.load(p_weight + d, mask=d < D, other=0.0).to(tl.float32)
-    reciprocal = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)
+    reciprocal = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + tl.cast(eps, tl.float32))  # Inductor passes numbers as float64
     factor = 1 / (1 + tl.exp(-b_gate))
     if SILU:
         factor = b_gate * factor
@@ -66,7 +66,7 @@ def _backward_kernel(
         b_x = tl.load(p_x + base + offsets, mask=mask, other=0.0).to(tl.float32)
         b_gate = tl.load(p_gate + base + offsets, mask=mask, other=0.0).to(tl.float32)
         b_dy = tl.load(p_dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        reciprocal = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]
+        reciprocal = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + tl.cast(eps, tl.float32))[:, None]
         b_normed = b_x * reciprocal
         sigmoid = 1 / (1 + tl.exp(-b_gate))
         factor, slope = sigmoid, sigmoid * (1 - sigmoid)

@@ -57,6 +57,7 @@ def triangle_kernel(
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
+    lower_bound = tl.cast(lower_bound, tl.float32)  # Inductor passes numbers as float64
     DT: tl.constexpr = p_A.dtype.element_ty
     i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     i_token = tl.arange(0, C)
@@ -158,6 +159,7 @@ def inputs_kernel(
     i_chunk, i_head, i_s = tl.program_id(0) // HV, tl.program_id(0) % HV, tl.program_id(1)
     token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
     i_group, first = i_head // (HV // H), i_s * SK
+    scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_states.dtype.element_ty
     LEVELS: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
     i_k = tl.arange(0, SK)

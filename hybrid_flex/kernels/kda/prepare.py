@@ -167,7 +167,7 @@ def slice_products(
         b_kk += tl.where(m_tile & (i > j), tl.dot(b_ke, b_col, input_precision=PRECISION), 0.0)
         b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_row).to(DT)
         b_qk += tl.where(m_tile & (i >= j), tl.dot(b_qe, b_col, input_precision=PRECISION), 0.0)
-        if not SAFE:
+        if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
             if tl.max(m_rows.to(tl.int32), 0) == 1:
                 b_qk, b_kk = tree_products(
                     b_qk, b_kk, m_rows[:, None], p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT,
@@ -208,10 +208,14 @@ def prepare_kernel(
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
     i_group = i_head // (HV // H)
+    scale, lower_bound = (
+        tl.cast(scale, tl.float32),
+        tl.cast(lower_bound, tl.float32),
+    )  # Inductor passes numbers as float64
     DT: tl.constexpr = p_qg.dtype.element_ty
     LEVELS: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
 
-    b_beta, b_sigmoid = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)
+    b_beta, b_unused = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)  # noqa: RUF059
     b_k = load_rows(p_k, token, length, i_group, H, K, C, BK).to(tl.float32)
     b_rk = inverse_root(tl.sum(b_k * b_k, 1), L2NORM)
     b_k = load_rows(p_q, token, length, i_group, H, K, C, BK).to(tl.float32)
@@ -228,7 +232,7 @@ def prepare_kernel(
     for i_s in range(BK // SK):
         tl.debug_barrier()
         first = i_s * SK
-        b_z, slope, b_g = load_gate(
+        b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
             p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
             first,
         )  # fmt: skip
@@ -247,8 +251,8 @@ def prepare_kernel(
         tl.store(block_pointers(p_qg, i_block, i_s, C, BK, SK), (b_qs * b_start).to(DT))
         tl.debug_barrier()
         b_Aqk, b_kk = slice_products(
-            b_Aqk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR, SAFE, C, BK, SK, LEVELS, DT,
-            PRECISION,
+            b_Aqk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR, SAFE, C, BK, SK,
+            LEVELS, DT, PRECISION,
         )  # fmt: skip
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.

@@ -55,8 +55,8 @@ def state_pointers(p_x, i_block, i_k, i_v, BK: tl.constexpr, WV: tl.constexpr, S
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def scan_kernel(
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_initial, p_o, p_final, p_states, p_v_new, p_cu_seqlens, p_first_chunk, T, NT,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_initial, p_o, p_final, p_states, p_v_new, p_cu_seqlens, p_first_chunk, T,
+    NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
     BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, WRITE_O: tl.constexpr,
     WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -10,7 +10,8 @@ start through row i, ``E`` = decay after row i to the chunk's end, ``S`` the sta
 
 Everything but ``v_new`` and ``S'`` is computed for all chunks at once.  The backward is written out by hand as a second
 operator; it recomputes the chunk quantities from the raw inputs, so the forward saves nothing but its arguments and its
-output, which the kernels use (under torch.compile both stand in one graph, and common subexpressions are computed once).
+output, which the kernels use (under torch.compile both stand in one graph, and common subexpressions are computed
+once).
 Source: Kimi Linear, arXiv:2510.26692, section 3.
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import check_choice
-from hybrid_flex.ops.chunk_scan import chunk_scan
+from hybrid_flex.ops.chunk_scan import chunk_scan, is_plain
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
 from .inputs import (
@@ -39,6 +40,11 @@ from .intra import intra_chunk, intra_chunk_backward
 from .layout import Packing, pack, to_chunks, to_tokens
 
 CHUNK_SIZES = (16, 32, 64)
+
+# NOTE [Traced on CUDA]
+# A graph that is traced for a CUDA device holds the plain form of these two operators, not yet their kernels: with a
+# dynamic length, Inductor of torch 2.11 stopped with an internal error on the scan kernel (an assertion in
+# replace_by_example, which traces a kernel's replacement twice and found graphs of different sizes).
 
 
 class _Chunks(NamedTuple):
@@ -167,7 +173,7 @@ def _chunk_kda(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if has_kernels(q):
+    if has_kernels(q) and is_plain(q):  # NOTE [Traced on CUDA]
         from hybrid_flex.kernels.kda import chunk
 
         return chunk.forward(raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
@@ -218,7 +224,7 @@ def _chunk_kda_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if has_kernels(q):
+    if has_kernels(q) and is_plain(q):  # NOTE [Traced on CUDA]
         from hybrid_flex.kernels.kda import chunk
 
         return chunk.backward(  # type: ignore[return-value]

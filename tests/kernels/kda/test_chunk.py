@@ -63,10 +63,11 @@ def both(
 
 
 RAW = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+NEGATIVE = {**RAW, "lower_bound": -2.0, "allow_neg_eigval": True}
 CASES = {
     "B2-T35-H2-K16-V16-softplus": ((2, 35, 2, 2, 16, 16), RAW, None, False, 32),
     "B1-T70-H1-HV2-K24-V40-lower": ((1, 70, 1, 2, 24, 40), {**RAW, "lower_bound": -5.0}, None, True, 64),
-    "T40-packed-neg-lower": ((1, 40, 1, 1, 16, 16), {**RAW, "lower_bound": -2.0, "allow_neg_eigval": True}, [0, 17, 17, 40], False, 16),
+    "T40-packed-neg-lower": ((1, 40, 1, 1, 16, 16), NEGATIVE, [0, 17, 17, 40], False, 16),
     "B1-T65-K16-V32-plain": ((1, 65, 1, 1, 16, 32), {}, None, False, 64),
     "B1-T33-K80-V16": ((1, 33, 1, 1, 80, 16), RAW, None, False, 32),
     "B1-T1": ((1, 1, 1, 1, 16, 16), RAW, None, False, 64),
@@ -86,3 +87,18 @@ def test_equals_the_float64_form(case: str, dtype: torch.dtype, device: str) -> 
     budgets |= dict.fromkeys(("A_log", "dt_bias"), 1e-4 if dtype == torch.float32 else 2e-2)
     errors = {name: ((got[name].double() - want[name]).norm() / want[name].norm()).item() for name in want}
     assert not [name for name in want if not errors[name] < budgets[name]], errors
+
+
+def test_behind_the_operator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through dispatch and autograd, which also refuse outputs that share memory; no gate, so some are empty."""
+    from hybrid_flex.ops.kda import chunk as operator
+
+    x = make(1, 33, 1, 2, 16, 16, 1, False, torch.float32)
+    x = {name: t.to(device).requires_grad_() for name, t in x.items()}
+    results = []
+    for kernels in (False, True):
+        monkeypatch.setattr(operator, "has_kernels", lambda q, answer=kernels: answer)
+        o, state = chunk_kda(**x, output_final_state=True)
+        results.append((o, state, *torch.autograd.grad(o.square().sum() + state.sum(), list(x.values()))))
+    for plain, kernel in zip(*results, strict=True):
+        torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-5)
