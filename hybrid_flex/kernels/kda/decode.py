@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.masks import mask_if
 
 # NOTE [Decode tiles]
 # One token per sequence moves 2 * 4 * K * V bytes of state per head for 8 * K * V operations: only the bytes count.  A
@@ -167,10 +168,10 @@ def kda_decode_kernel(
 
     # Inputs are loaded one token ahead: a token then costs its arithmetic and not the way to memory as well.
     live = num_tokens > 0
-    b_next_q = tl.load(p_q, mask=m_k & live, other=0.0)
-    b_next_k = tl.load(p_k, mask=m_k & live, other=0.0)
-    b_next_v = tl.load(p_v, mask=m_v & live, other=0.0)
-    b_next_g = tl.load(p_g, mask=m_k & live, other=0.0)
+    b_next_q = tl.load(p_q, mask=mask_if(m_k, live), other=0.0)
+    b_next_k = tl.load(p_k, mask=mask_if(m_k, live), other=0.0)
+    b_next_v = tl.load(p_v, mask=mask_if(m_v, live), other=0.0)
+    b_next_g = tl.load(p_g, mask=mask_if(m_k, live), other=0.0)
     next_beta = tl.load(p_beta, mask=live, other=0.0)
     for i_t in range(num_tokens):
         b_q = b_next_q.to(tl.float32)
@@ -184,10 +185,10 @@ def kda_decode_kernel(
         p_g += HV * K
         p_beta += HV
         live = i_t + 1 < num_tokens
-        b_next_q = tl.load(p_q, mask=m_k & live, other=0.0)
-        b_next_k = tl.load(p_k, mask=m_k & live, other=0.0)
-        b_next_v = tl.load(p_v, mask=m_v & live, other=0.0)
-        b_next_g = tl.load(p_g, mask=m_k & live, other=0.0)
+        b_next_q = tl.load(p_q, mask=mask_if(m_k, live), other=0.0)
+        b_next_k = tl.load(p_k, mask=mask_if(m_k, live), other=0.0)
+        b_next_v = tl.load(p_v, mask=mask_if(m_v, live), other=0.0)
+        b_next_g = tl.load(p_g, mask=mask_if(m_k, live), other=0.0)
         next_beta = tl.load(p_beta, mask=live, other=0.0)
         if GATE:
             if DT_BIAS:

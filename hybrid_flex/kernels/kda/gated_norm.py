@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.masks import mask_if
 
 # Elements of a tile and of a thread, see NOTE [Row tiles].  Rows longer than a tile get more threads.
 FORWARD_TILE, BACKWARD_TILE = 4096, 1024
@@ -83,7 +84,7 @@ def _backward_kernel(
         tl.store(p_dx + base + offsets, b_dx.to(p_dx.dtype.element_ty), mask=mask)
     p_sum = p_partial + i_p.to(tl.int64) * D + d
     tl.store(p_sum, tl.sum(b_sum, 0), mask=d < D)
-    tl.store(p_sum + D, tl.zeros([BD], tl.float32), mask=(d < D) & (i_p + 1 == tl.num_programs(0)))
+    tl.store(p_sum + D, tl.zeros([BD], tl.float32), mask=mask_if(d < D, i_p + 1 == tl.num_programs(0)))
 
 
 def _tile(width: int, elements: int, per_thread: int) -> dict[str, int]:

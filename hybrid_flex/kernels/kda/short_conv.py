@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.masks import mask_if
 
 NUM_WARPS = 2
 # Tokens of a program: the more, the fewer rows are read by two programs (W - 1 in each) and the fewer partial sums of
@@ -93,9 +94,9 @@ def _parameters(
 @triton.jit
 def _extended_row(p_x, p_state, start, e, D, d, m_d, W: tl.constexpr, HAS_STATE: tl.constexpr):
     """Load row e of the sequence that starts at token ``start``, see NOTE [Extended row]."""
-    row = tl.load(p_x + (start + e - (W - 1)).to(tl.int64) * D + d, mask=m_d & (e >= W - 1), other=0.0)
+    row = tl.load(p_x + (start + e - (W - 1)).to(tl.int64) * D + d, mask=mask_if(m_d, e >= W - 1), other=0.0)
     if HAS_STATE:
-        row = tl.where(e >= W - 1, row, tl.load(p_state + e * D + d, mask=m_d & (e < W - 1), other=0.0))
+        row = tl.where(e >= W - 1, row, tl.load(p_state + e * D + d, mask=mask_if(m_d, e < W - 1), other=0.0))
     return row
 
 
@@ -174,7 +175,7 @@ def _forward_kernel(
         offsets = t.to(tl.int64) * D + d
         rows = ()
         for u in tl.static_range(BU):
-            rows = rows + (tl.load(p_x + offsets + u * D, mask=m_d & (t + u < T), other=0.0),)
+            rows = rows + (tl.load(p_x + offsets + u * D, mask=mask_if(m_d, t + u < T), other=0.0),)
         for u in tl.static_range(BU):
             if PACKED:
                 window = _start_sequence(window, p_x, p_state, p_places, t + u, T, D, d, m_d, W, HAS_STATE)
@@ -182,7 +183,7 @@ def _forward_kernel(
             z = _convolve(window, taps, bias, W)
             if SILU:
                 z = z / (1 + tl.exp(-z))
-            tl.store(p_y + offsets + u * D, z.to(p_y.dtype.element_ty), mask=m_d & (t + u < T))
+            tl.store(p_y + offsets + u * D, z.to(p_y.dtype.element_ty), mask=mask_if(m_d, t + u < T))
             window = window[1:]
 
     if HAS_FINAL:
@@ -226,7 +227,7 @@ def _backward_kernel(
         offsets = t.to(tl.int64) * D + d
         rows, gradients = (), ()
         for u in tl.static_range(BU):
-            m_u = m_d & (t + u < T)
+            m_u = mask_if(m_d, t + u < T)
             rows = rows + (tl.load(p_x + offsets + u * D, mask=m_u, other=0.0),)
             gradients = gradients + (tl.load(p_dy + offsets + u * D, mask=m_u, other=0.0),)
         for u in tl.static_range(BU):
@@ -262,9 +263,9 @@ def _backward_kernel(
                         n = tl.load(p_places + s)
                     k = n.to(tl.int64) * (W - 1) + (W - 1 - left)
                     dx += tl.load(p_d_final + k * D + d, mask=m_d, other=0.0).to(tl.float32)
-            tl.store(p_dx + offsets + (u - (W - 1)) * D, dx.to(p_dx.dtype.element_ty), mask=m_d & m_s)
+            tl.store(p_dx + offsets + (u - (W - 1)) * D, dx.to(p_dx.dtype.element_ty), mask=mask_if(m_d, m_s))
             window, slopes = window[1:], slopes[1:]
-    m_last = m_d & (tl.program_id(0) + num_blocks >= tl.num_programs(0))
+    m_last = mask_if(m_d, tl.program_id(0) + num_blocks >= tl.num_programs(0))
     for i in tl.static_range(W + HAS_BIAS):
         p_sum = p_partial + (i_p.to(tl.int64) * (W + HAS_BIAS) + i) * D + d
         tl.store(p_sum, sums[i], mask=m_d)
@@ -291,7 +292,7 @@ def _state_backward_kernel(
     window = _window(p_x, p_state + offset, start, 0, D, d, m_d, W, True)
     slopes = ()
     for m in tl.static_range(W - 1):
-        m_m = m_d & (start + m < end)
+        m_m = mask_if(m_d, start + m < end)
         offsets = (start + m).to(tl.int64) * D + d
         window = window + (tl.load(p_x + offsets, mask=m_m, other=0.0).to(tl.float32),)
         gradient = tl.load(p_dy + offsets, mask=m_m, other=0.0)
@@ -302,7 +303,7 @@ def _state_backward_kernel(
             d_row += taps[m - p] * slopes[p]
         if HAS_D_FINAL:
             k = start + m - end
-            row = tl.load(p_d_final + offset + k * D + d, mask=m_d & (k >= 0), other=0.0)
+            row = tl.load(p_d_final + offset + k * D + d, mask=mask_if(m_d, k >= 0), other=0.0)
             d_row += row.to(tl.float32)
         tl.store(p_d_state + offset + m * D + d, d_row.to(p_d_state.dtype.element_ty), mask=m_d)
 
