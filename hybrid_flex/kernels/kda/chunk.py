@@ -40,8 +40,6 @@ class _Plan(NamedTuple):
     chunks_per_sequence: int
     sizes: dict[str, int]
     gate: dict[str, Any]
-    dtype: torch.dtype
-    """Of the workspace: that of q."""
 
 
 def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
@@ -75,8 +73,8 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
         # float32 operands keep their digits; the others are exact in one pass.
         "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
     }
-    sizes = {"HV": HV, "K": K, "V": V, "C": C, "BK": BK}
-    return _Plan(raw, cu_seqlens, places, N, num_chunks, NT, {"H": H, **sizes, "WV": WV}, gate, raw.q.dtype)
+    sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
+    return _Plan(raw, cu_seqlens, places, N, num_chunks, NT, sizes, gate)
 
 
 def _anchor(raw: Any) -> dict[str, bool]:
@@ -106,7 +104,7 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
     blocks = plan.num_chunks * HV
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=plan.dtype, device=raw.q.device)
+        return torch.empty(shape, dtype=raw.q.dtype, device=raw.q.device)
 
     work = _Workspace(
         qg=empty(blocks, C, BK),
@@ -208,7 +206,7 @@ def backward(
     initial_state = None if initial_state is None else initial_state.contiguous()
 
     work = _prepare(plan, scale, for_backward=True)
-    states = torch.empty((blocks, BK, WV), dtype=plan.dtype, device=device)
+    states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
     _scan(plan, work, initial_state, state_v_first, None, None, states)
     v_new = work.u
 
@@ -227,8 +225,7 @@ def backward(
     dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
     common = [raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan)]
     lower_bound, T, NT = raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence
-    keywords = {"H": H, **{name: sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}, **plan.gate}
-    keywords |= {"SK": SLICE, "BV": SLICE, "num_warps": 4, "num_stages": 1}
+    keywords = {**sizes, **plan.gate, "SK": SLICE, "BV": SLICE, "num_warps": 4, "num_stages": 1}
     launchable(triangle_kernel)[(blocks,)](
         d_o, o, raw.k, raw.v, raw.g, *common, A, kk, tiles, norms, states, v_new, dv_new, dv, d_beta, dAqk, dL, along,
         lower_bound, T, NT, **keywords,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from hybrid_flex.checks import check_choice
 from hybrid_flex.ops.chunk_scan import chunk_scan, is_plain
+from hybrid_flex.ops.dispatch import has_kernels
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
 from .inputs import (
@@ -33,7 +34,6 @@ from .inputs import (
     activate,
     activate_backward,
     check_inputs,
-    has_kernels,
     initial_state_or_zeros,
 )
 from .intra import intra_chunk, intra_chunk_backward

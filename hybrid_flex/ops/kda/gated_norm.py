@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import FLOATING, check, check_choice, check_device, check_dtype, check_shape
+from hybrid_flex.ops.dispatch import has_kernels
 from hybrid_flex.ops.sums import sum_over_tokens
 
 ACTIVATIONS = ("sigmoid", "silu")
@@ -20,7 +21,7 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @torch.library.triton_op("hybrid_flex::gated_rms_norm", mutates_args=())
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
-    if x.is_cuda and x.dtype is not torch.float64:
+    if has_kernels(x):
         from hybrid_flex.kernels.kda.gated_norm import gated_rms_norm as launch
 
         return launch(x, gate, weight, eps, activation)
@@ -37,7 +38,7 @@ def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activat
 def _gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.is_cuda and x.dtype is not torch.float64:
+    if has_kernels(x):
         from hybrid_flex.kernels.kda.gated_norm import gated_rms_norm_backward as launch
 
         return launch(dy, x, gate, weight, eps, activation)

@@ -109,11 +109,6 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def has_kernels(q: Tensor) -> bool:
-    """Tell whether Triton kernels serve a KDA operator: on CUDA, in every dtype but float64."""
-    return q.is_cuda and q.dtype != torch.float64
-
-
 def initial_state_or_zeros(
     raw: Raw, initial_state: Tensor | None, cu_seqlens: Tensor | None, state_v_first: bool
 ) -> Tensor:

@@ -22,6 +22,7 @@ from hybrid_flex.checks import (
     check_shape,
 )
 from hybrid_flex.ops.chunk_scan import chunk_scan
+from hybrid_flex.ops.dispatch import has_kernels
 
 from .chunk import CHUNK_SIZES, backward, fake, setup_context
 from .inputs import Raw, accumulation_dtype, activate, check_inputs, initial_state_or_zeros
@@ -172,7 +173,7 @@ def _fused_recurrent_kda(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if q.is_cuda and q.dtype is not torch.float64:
+    if has_kernels(q):
         from hybrid_flex.kernels.kda.decode import launch_decode
 
         o, final = fake(*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
@@ -294,7 +295,7 @@ def _kda_decode(
     state_v_first: bool,
 ) -> Tensor:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if q.is_cuda and q.dtype is not torch.float64:
+    if has_kernels(q):
         from hybrid_flex.kernels.kda.decode import launch_decode
 
         o = q.new_empty(v.shape)

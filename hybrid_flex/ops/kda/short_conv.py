@@ -28,6 +28,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
+from hybrid_flex.ops.dispatch import has_kernels
 from hybrid_flex.ops.sums import sum_over_tokens
 
 MIN_TAPS, MAX_TAPS = 2, 8
@@ -110,7 +111,7 @@ def _short_conv(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    if x.is_cuda and x.dtype is not torch.float64:
+    if has_kernels(x):
         from hybrid_flex.kernels.kda.short_conv import short_conv as launch
 
         return launch(x, weight, bias, initial_state, cu_seqlens, silu, output_final_state)
@@ -143,7 +144,7 @@ def _short_conv_backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.is_cuda and x.dtype is not torch.float64:
+    if has_kernels(x):
         from hybrid_flex.kernels.kda.short_conv import short_conv_backward as launch
 
         return launch(dy, d_final_state, x, weight, bias, initial_state, cu_seqlens, silu)
