@@ -15,7 +15,9 @@ import triton
 from torch import Tensor
 
 from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.ops.chunk_scan import is_plain
 
+from .decay import exponent_table
 from .gradients import inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
 from .prepare import prepare_kernel
@@ -35,6 +37,7 @@ class _Plan(NamedTuple):
     """The operator's tensors q, k, v, g, beta, A_log, dt_bias, contiguous, and its flags."""
     cu_seqlens: Tensor | None
     map: ChunkMap | None
+    table: Tensor
     num_sequences: int
     num_chunks: int
     chunks_per_sequence: int
@@ -74,12 +77,13 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
         "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
     }
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
-    return _Plan(raw, cu_seqlens, places, N, num_chunks, NT, sizes, gate)
+    table = exponent_table(C, raw.q.dtype, raw.q.device, cached=is_plain(raw.q))
+    return _Plan(raw, cu_seqlens, places, table, N, num_chunks, NT, sizes, gate)
 
 
 def _anchor(raw: Any) -> dict[str, bool]:
     """Tell whether a tile of 16 rows may take one anchor, and whether it always does: NOTE [Tile anchor]."""
-    anchor = raw.q.dtype != torch.float16
+    anchor = raw.q.dtype == torch.bfloat16
     return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -5}
 
 
@@ -91,10 +95,10 @@ class _Workspace(NamedTuple):
     w: Tensor
     u: Tensor
     Aqk: Tensor
+    total: Tensor
+    strength: Tensor
     A: Tensor
     kk: Tensor
-    total: Tensor
-    tiles: Tensor
     norms: Tensor
 
 
@@ -112,19 +116,24 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
         w=empty(blocks, C, BK),
         u=empty(blocks, C, WV),
         Aqk=empty(blocks, C, C),
-        A=empty(blocks, C, C) if for_backward else empty(0),
-        kk=empty(blocks, C, C) if for_backward else empty(0),
         total=torch.empty((blocks, BK), dtype=torch.float32, device=raw.q.device),
-        tiles=torch.empty((blocks, C // 16, BK), dtype=torch.float32, device=raw.q.device),
+        strength=torch.empty((blocks, C), dtype=torch.float32, device=raw.q.device),
+        A=empty(blocks if for_backward else 0, C, C),
+        kk=empty(blocks if for_backward and not raw.sigmoid else 0, C, C),
         norms=torch.empty((blocks if for_backward else 0, 2, C), dtype=torch.float32, device=raw.q.device),
     )
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
-        *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
+        plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
         **sizes, SK=SLICE, BV=SLICE, **plan.gate, **_anchor(raw), FOR_BACKWARD=for_backward,
-        num_warps=4, num_stages=1,
+        STAGES=2, num_warps=4, num_stages=2,
     )  # fmt: skip
     return work
+
+
+def _only(kernel: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the keywords that a kernel takes."""
+    return {name: value for name, value in keywords.items() if name in kernel.arg_names}
 
 
 def _or_q(plan: _Plan, *tensors: Tensor | None) -> list[Tensor]:
@@ -167,10 +176,11 @@ def _scan(
     plan: _Plan, work: _Workspace, initial: Tensor | None, state_v_first: bool, o: Tensor | None, final: Tensor | None,
     states: Tensor | None,
 ) -> None:  # fmt: skip
-    """Run the scan forward; with ``states`` it also replaces u by v_new."""
+    """Run the scan forward; with ``states`` it also replaces u by y."""
     positional, keywords, grid = _scan_arguments(plan)
     launchable(scan_kernel)[grid](
-        work.qg, work.kg, work.w, work.u, work.Aqk, work.total, *_or_q(plan, initial, o, final, states), work.u,
+        work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength, *_or_q(plan, initial, o, final, states),
+        work.u,
         *positional, **keywords, HAS_INITIAL=initial is not None, V_FIRST=state_v_first, WRITE_O=o is not None,
         WRITE_FINAL=final is not None, WRITE_STATES=states is not None,
     )  # fmt: skip
@@ -208,27 +218,27 @@ def backward(
     work = _prepare(plan, scale, for_backward=True)
     states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
     _scan(plan, work, initial_state, state_v_first, None, None, states)
-    v_new = work.u
+    y = work.u
 
-    d_states, dv_new = torch.empty_like(states), torch.empty_like(v_new)
+    d_states, dv_new = torch.empty_like(states), torch.empty_like(y)
     d_initial = raw.q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     positional, keywords, grid = _scan_arguments(plan)
     launchable(scan_backward_kernel)[grid](
-        d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, d_states, dv_new, d_initial, *positional,
-        **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first,
+        d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, work.strength, d_states, dv_new, d_initial,
+        *positional, **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first,
     )  # fmt: skip
-    A, kk, total, tiles, norms = work.A, work.kk, work.total, work.tiles, work.norms
+    A, kk, total, strength, norms = work.A, work.kk, work.total, work.strength, work.norms
+    high, low = work.qg, work.kg  # what stood there has been read
     del work  # its memory serves the gradients
 
-    dAqk, dL = torch.empty_like(A), torch.empty_like(A)
+    dAqk, dKK = torch.empty_like(A), torch.empty_like(A)
     along = torch.empty((blocks, 2, C), dtype=torch.float32, device=device)
     dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
-    common = [raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan)]
-    lower_bound, T, NT = raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence
-    keywords = {**sizes, **plan.gate, "SK": SLICE, "BV": SLICE, "num_warps": 4, "num_stages": 1}
+    T, NT = raw.q.shape[1], plan.chunks_per_sequence
+    keywords = {**sizes, **plan.gate, **_anchor(raw), "SK": SLICE, "BV": SLICE}
     launchable(triangle_kernel)[(blocks,)](
-        d_o, o, raw.k, raw.v, raw.g, *common, A, kk, tiles, norms, states, v_new, dv_new, dv, d_beta, dAqk, dL, along,
-        lower_bound, T, NT, **keywords,
+        d_o, o, raw.v, *_places(plan), strength, A, kk, y, dv_new, dv, d_beta, dAqk, dKK, along, T, NT,
+        **_only(triangle_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,
     )  # fmt: skip
     # Heads that share a query and key are summed in float32 before they are rounded.
     per_head = (*raw.q.shape[:2], HV, K)
@@ -236,8 +246,9 @@ def backward(
     d_slope = torch.empty((blocks, BK // SLICE), dtype=torch.float32, device=device)
     d_bias = torch.empty((blocks, BK), dtype=torch.float32, device=device)
     launchable(inputs_kernel)[(blocks, BK // SLICE)](
-        d_o, raw.q, raw.k, raw.g, *common, A, total, tiles, norms, states, d_states, v_new, dv_new, dAqk, dL, along,
-        dq, dk, dg, d_slope, d_bias, scale, lower_bound, T, NT, **_anchor(raw), **keywords,
+        d_o, raw.q, raw.k, raw.g, dv, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan), plan.table,
+        total, strength, norms, high, low, states, d_states, y, dAqk, dKK, along, dq, dk, dg, d_slope, d_bias,
+        scale, raw.lower_bound or 0.0, T, NT, **_only(inputs_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,
     )  # fmt: skip
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))

@@ -1,9 +1,30 @@
 """Decay factors of one chunk inside a kernel, in powers of two: ``exp(x) = 2^(x log2 e)``, one instruction.
 
-A chunk of C rows is N = C / 16 tiles.  With c the sum of log decays from a tile's first row through a row, and T a
-tile's total, every exponent that KDA needs is c or T - c plus the totals of some other tiles, and none is positive
-(NOTE [Decay tree] in ops/kda/decay.py has the levels).  c is a matrix of zeros and ones times the log decays, on the
-tensor cores; nothing is the difference of two sums longer than a tile.
+Every exponent that KDA needs is the sum of some rows' log decays: from the chunk's start through a row, after a row to
+the chunk's end, or between a row and a boundary inside the chunk.  Each such set of sums is a matrix of zeros and ones
+``[C, C]`` times the log decays ``[C, K]``, on the tensor cores.  The matrices stand in one table (`exponent_table`), so
+a kernel runs through them in a loop: first those that make D_ij between them, then the sums for whole chunks.
+
+# NOTE [Row tiles]
+A chunk is C / 16 tiles of rows.  Rows i of tile I meet all rows j <= i of the chunk in one step,
+
+    D_ij = row_i * col_j        row_i = 2^c_i        col_j = 2^(sum after j to the tile's start)   j before tile I
+                                                     col_j = 2^-c_j                                j in tile I
+
+with c the sum from the start of a row's own tile through the row, so that every row has one factor, whatever it meets.
+
+# NOTE [Tile anchor]
+Inside a tile col_j grows.  While -c stays below 116 (the lower-bound gate with -5 allows 16 * 5 * log2 e = 115.4) both
+factors are numbers of float32, bfloat16 and tf32.  Where c_i is below -116 in a channel, row_i is taken as zero there:
+what the row receives from other tiles is below 2^-116, and what it receives inside its tile comes from a tree of five
+steps more, whose exponents are never positive, whatever the gate:
+
+    diagonal        i = j                                             row = 1        col = 1
+    level l         i, j in neighbouring blocks of 2^l rows           row = 2^x      col = 2^x
+
+x is the sum between a row and the boundary of its block with its neighbour, l = 0 ... 3.  Which way a row takes in a
+channel depends on rows up to it only, so causality holds bit for bit.  float16 cannot hold the growing factors and
+always takes the tree inside tiles; float32 does so too, for its digits.
 
 # NOTE [Reset clamp]
 A log decay below -160 (bits; -110 nats) is taken as -160.  2^-160 is zero in float32 already, and every factor that
@@ -11,34 +32,118 @@ contains the token contains the rest as factors of at most one, so no result cha
 in a sum beside a reset (g = -1000).
 
 # NOTE [Split sums]
-The tensor cores round their operands.  Zeros and ones are exact; g is given in two parts of bfloat16, 16 bits, so a sum
-of 16 terms of -7 is off by less than 1e-3, below the rounding of the bfloat16 factors that it makes.  For float16 and
-float32 inputs tf32 in three passes keeps float32's digits.
-
-# NOTE [Tile anchor]
-Inside a tile D_ij = 2^c_i 2^-c_j.  While -c stays below 116 (the lower-bound gate with -5 allows 16 * 5 * log2 e =
-115.4) both factors are numbers of float32, bfloat16 and tf32, and one product serves the whole tile.  A row whose sum
-is below -116 in some channel takes the four levels of the tree instead.  Which of the two a row takes depends on rows
-up to it only, so causality holds bit for bit.  float16 cannot hold the factors and always takes the tree.
+The tensor cores round their operands.  Zeros and ones are exact; g is given in two parts of 16 bits, bfloat16 or
+float16, so a term of -7 is off by less than 1e-4, below the rounding of the factors that it makes.  For float32 inputs
+tf32 in three passes keeps float32's digits.
 """
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+def _exponent_table(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    i, j = torch.arange(C, device=device)[:, None], torch.arange(C, device=device)[None, :]
+
+    def to_tile(tile: int) -> Tensor:
+        before = (i // 16 < tile) & (j > i) & (j // 16 < tile)
+        inside = (i // 16 == tile) & (j // 16 == tile) & (j <= i)
+        return before.int() - inside.int()
+
+    def to_boundary(level: int) -> Tensor:
+        is_right = (i >> level) % 2 == 1
+        return (i >> level == j >> level) & ((j <= i) == is_right)
+
+    rows = [*map(to_tile, range(C // 16)), (i // 16 == j // 16) & (j <= i)]
+    rows += [(i < 0) & (j < 0), *map(to_boundary, range(4))]
+    rows += [j <= i, j > i, j >= i, i == j]
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+_cached_exponent_table = functools.lru_cache(maxsize=None)(_exponent_table)
+
+
+def exponent_table(C: int, dtype: torch.dtype, device: torch.device, cached: bool) -> Tensor:
+    """Return the matrices that sum log decays into exponents, ``[C / 16 + 10, C, C]``, of zeros, ones and minus ones.
+
+    In this order: columns for each row tile and rows for all (NOTE [Row tiles]); diagonal and levels 0 to 3 (NOTE [Tile
+    anchor]); the sums from the chunk's start through each row, after each row to its end, from each row to its end; and
+    one.
+
+    Args:
+        cached: whether the table of an earlier call may be returned; not while a graph is traced.
+    """
+    return (_cached_exponent_table if cached else _exponent_table)(C, dtype, device)
+
+
+@triton.jit
+def exp2(x):
+    """Return 2^x, with zero for results below 2^-126; one instruction, which Triton's own exp2 wraps in three."""
+    if INTERPRETED:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal(x):
+    """Return 1 / x to the last digit but one of float32."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def opaque_zero():
+    """Return 0 in a way that the compiler cannot see through: NOTE [Phases].
+
+    # NOTE [Phases]
+    A long kernel is written in phases that share only the sums they add up.  Every phase reads its operands again, from
+    the cache, by addresses to which it adds a zero of its own.  The compiler would otherwise find that it has computed
+    these addresses, loaded these rows or formed these products before, and keep all of them in registers from the first
+    phase to the last, where they push out the sums.  At its end a phase pins its sums (`pin`): the compiler would
+    otherwise put off their last additions until the sums are used, and keep the terms instead.
+    """
+    if INTERPRETED:
+        return 0
+    else:
+        return tl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def pin(b_x):
+    """Return float32 x, which the compiler has computed by now: NOTE [Phases]."""
+    if INTERPRETED:
+        return b_x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
 def sigmoid(x):
-    """Return 1 / (1 + exp(-x)); a reciprocal by rsqrt is two instructions, a division eight."""
-    r = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
-    return r * r
+    """Return 1 / (1 + exp(-x))."""
+    return reciprocal(1.0 + exp2(-1.4426950408889634 * x))
 
 
 @triton.jit
 def softplus(x):
     """Return log(1 + exp(x)), without overflow and exact for large negative x to the last digits of float32."""
-    e = tl.exp2(-1.4426950408889634 * tl.abs(x))
+    e = exp2(-1.4426950408889634 * tl.abs(x))
     # log(1 + e) loses the digits of a small e; its series does not.
     return tl.maximum(x, 0.0) + tl.where(e < 1e-3, e * (1.0 - 0.5 * e), tl.log(1.0 + e))
 
@@ -57,107 +162,100 @@ def log2_decay(b_z, slope, lower_bound, GATE: tl.constexpr, LOWER: tl.constexpr)
 
 
 @triton.jit
-def sum_rows(m_rows, b_x, DT: tl.constexpr):
-    """Sum the rows of x [C, K] that each row of the 0/1 matrix ``m_rows [C, C]`` names: NOTE [Split sums]."""
-    if tl.bfloat16 == DT:
-        b_high = b_x.to(tl.bfloat16)
-        b_low = (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
-        b_m = m_rows.to(tl.bfloat16)
-        b_sum = tl.dot(b_m, b_high)
-        b_sum = tl.dot(b_m, b_low, b_sum)
+def cast(b_x, DT: tl.constexpr):
+    """Round float32 to DT, two numbers an instruction where Triton would spend four on them."""
+    if INTERPRETED or b_x.dtype != tl.float32 or (tl.bfloat16 != DT and tl.float16 != DT):
+        return b_x.to(DT)
+    elif tl.bfloat16 == DT:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     else:
-        b_sum = tl.dot(m_rows.to(tl.float32), b_x, input_precision="tf32x3")
+        return tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], dtype=tl.float16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def split(b_x, DT: tl.constexpr):
+    """Return x as a sum of two parts of the type of the products: NOTE [Split sums]."""
+    b_high = cast(b_x, DT)
+    return b_high, cast(b_x - b_high.to(tl.float32), DT)
+
+
+@triton.jit
+def load_matrix(p_table, index, C: tl.constexpr):
+    """Load a matrix [C, C] of the table."""
+    i_row, i_col = tl.arange(0, C)[:, None].to(tl.int64), tl.arange(0, C)[None, :]
+    return tl.load(p_table + index * (C * C) + i_row * C + i_col)
+
+
+@triton.jit
+def sum_rows(b_m, b_high, b_low):
+    """Return the sums [C, K] of rows of high + low that the matrix ``b_m [C, C]`` names."""
+    if tl.float32 == b_m.dtype:
+        b_sum = tl.dot(b_m, b_high, input_precision="tf32x3")
+    else:
+        b_sum = tl.dot(b_m, b_low, tl.dot(b_m, b_high))
     return b_sum
 
 
 @triton.jit
-def sum_in_tile(b_g, C: tl.constexpr, DT: tl.constexpr):
-    """Return c [C, K], the sum of log decays from the start of each row's tile through the row."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return sum_rows((i // 16 == j // 16) & (j <= i), b_g, DT)
+def as_product(b_one, b_x):
+    """Return x [C, K] in float32, laid out over the threads as products are: the matrix one times x.
 
-
-@triton.jit
-def store_totals(p_tiles, b_c, C: tl.constexpr, K: tl.constexpr, SK: tl.constexpr):
-    """Store the totals of the tiles, the last row of c [C, SK] in each, into columns of ``[N, K]``."""
-    i, k = tl.arange(0, C)[:, None], tl.arange(0, SK)[None, :]
-    tl.store(p_tiles + (i // 16) * K + k, b_c, mask=i % 16 == 15)
-
-
-@triton.jit
-def load_total(p_tiles, tile: tl.constexpr, first, C: tl.constexpr, K: tl.constexpr, SK: tl.constexpr):
-    """Load the total of a tile, ``[SK]`` from a column on; zero where the chunk has no such tile."""
-    if tile * 16 < C:
-        b_total = tl.load(p_tiles + tile * K + first + tl.arange(0, SK))
+    # NOTE [One times x]
+    Where a loop needs the same rows in every turn, they stay in shared memory as an operand, and a product brings them
+    into registers at the moment they are needed.  Held in registers they would crowd out everything else, and loaded
+    the usual way they would pass through shared memory in every turn, in float32.
+    """
+    if tl.float32 == b_one.dtype:
+        b_x = tl.dot(b_one, b_x, input_precision="tf32x3")
     else:
-        b_total = tl.zeros((SK,), dtype=tl.float32)
-    return b_total
+        b_x = tl.dot(b_one, b_x)
+    return b_x
 
 
 @triton.jit
-def by_tile(b_0, b_1, b_2, b_3, C: tl.constexpr):
-    """Give the rows of each tile a vector of their own: four ``[K]`` into ``[C, K]``."""
-    tile = tl.arange(0, C)[:, None] // 16
-    b_low = tl.where(tile == 0, b_0[None, :], b_1[None, :])
-    if C > 32:
-        b_low = tl.where(tile < 2, b_low, tl.where(tile == 2, b_2[None, :], b_3[None, :]))
-    return b_low
+def meets_in_tile(level, C: tl.constexpr):
+    """Return [C, C], whether rows i >= j meet on the diagonal, 0, or in level ``level - 1`` of the tree in a tile.
 
-
-@triton.jit
-def decay_from_start(b_c, p_tiles, first, C: tl.constexpr, K: tl.constexpr, SK: tl.constexpr):
-    """Return P [C, SK], the decay from the chunk's start through each row, from c and the totals of the tiles.
-
-    Columns ``first`` and up of the stored totals ``[N, K]`` are read here, and again by every stage that needs them:
-    kept in registers, the totals and their sums would fill them.
-    """
-    b_0 = load_total(p_tiles, 0, first, C, K, SK)
-    b_1 = b_0 + load_total(p_tiles, 1, first, C, K, SK)
-    b_2 = b_1 + load_total(p_tiles, 2, first, C, K, SK)
-    return tl.exp2(b_c + by_tile(b_0 * 0.0, b_0, b_1, b_2, C))
-
-
-@triton.jit
-def decay_to_end(b_c, p_tiles, first, C: tl.constexpr, K: tl.constexpr, SK: tl.constexpr):
-    """Return E [C, SK], the decay after each row to the chunk's end."""
-    b_3 = load_total(p_tiles, 3, first, C, K, SK)
-    b_2 = b_3 + load_total(p_tiles, 2, first, C, K, SK)
-    b_1 = b_2 + load_total(p_tiles, 1, first, C, K, SK)
-    b_0 = b_1 + load_total(p_tiles, 0, first, C, K, SK)
-    return tl.exp2(by_tile(b_0, b_1, b_2, b_3, C) - b_c)
-
-
-@triton.jit
-def decay_to_tile_boundary(b_c, p_tiles, first, level, C: tl.constexpr, K: tl.constexpr, SK: tl.constexpr):
-    """Return [C, SK], the decay between each row and the boundary of its block of 2^level = 16 or 32 rows.
-
-    Rows of a right block decay from the boundary with their left neighbour, rows of a left block to it.  The tiles
-    between a row's own and the boundary: for blocks of 16 none; for 32 tile 1 for rows of tile 0, tile 2 for tile 3.
-    """
-    is_right = ((tl.arange(0, C)[:, None] >> level) & 1) == 1
-    is_32 = (level - 4) * 1.0
-    b_0 = load_total(p_tiles, 0, first, C, K, SK)
-    b_1 = load_total(p_tiles, 1, first, C, K, SK) * is_32
-    b_2 = load_total(p_tiles, 2, first, C, K, SK)
-    b_other = by_tile(b_0 + b_1, b_1, b_2 * (1.0 - is_32), b_2 * is_32, C)
-    return tl.exp2(b_other + tl.where(is_right, b_c, -b_c))
-
-
-@triton.jit
-def decay_to_row_boundary(b_g, level, C: tl.constexpr, DT: tl.constexpr):
-    """Return [C, K], the same for blocks of 2^level = 1, 2, 4 or 8 rows, inside tiles.
-
-    # NOTE [Run-time level]
-    These levels are counted by a loop that stays one.  Unrolled, the comparisons of all levels would be made at the
-    start and held in registers until they are used, which pushes everything else out.
+    What it says of i < j means nothing.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    is_right = ((i >> level) & 1) == 1
-    return tl.exp2(sum_rows(((i >> level) == (j >> level)) & ((j <= i) == is_right), b_g, DT))
+    return ((i ^ j) >= (1 << level) // 2) & ((i ^ j) < (1 << level))
 
 
 @triton.jit
-def meets(level, C: tl.constexpr):
-    """Return [C, C], whether rows i, j stand in the right and the left of two neighbouring blocks of 2^level rows."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return ((i >> level) > (j >> level)) & ((i >> (level + 1)) == (j >> (level + 1)))
+def row_decay(b_c, ANCHOR: tl.constexpr, SAFE: tl.constexpr):
+    """Return the factors of rows from the sums c: NOTE [Tile anchor]."""
+    b_row = exp2(b_c)
+    if ANCHOR and not SAFE:
+        b_row = tl.where(b_c < -116.0, 0.0, b_row)
+    return b_row
+
+
+@triton.jit
+def col_decay(b_x, ANCHOR: tl.constexpr, SAFE: tl.constexpr):
+    """Return the factors of columns for a row tile from their exponents; zero where no row uses them."""
+    if not SAFE:
+        b_x = tl.where(b_x > (116.0 if ANCHOR else 0.0), -1000.0, b_x)
+    return exp2(b_x)
+
+
+@triton.jit
+def tree_decay(b_x, b_c, ANCHOR: tl.constexpr):
+    """Return the factors of rows in a step of the tree; zero where a row uses the tile anchor."""
+    b_row = exp2(b_x)
+    if ANCHOR:
+        b_row = tl.where(b_c < -116.0, b_row, 0.0)
+    return b_row
+
+
+@triton.jit
+def needs_tree(b_c, ANCHOR: tl.constexpr):
+    """Tell whether some row of the chunk needs the tree in some channel."""
+    if ANCHOR:
+        return tl.min(tl.min(b_c, 1), 0) < -116.0
+    else:
+        return True

@@ -1,27 +1,32 @@
 """Last kernels of the backward: gradients inside a chunk, for all chunks at once.
 
-With S the state before a chunk, dS the gradient of the state after it, A = (I + L)^-1, KK_ij = <k_i, D_ij k_j> and the
-names of prepare.py:
+With S the state before a chunk, dS the gradient of the state after it, and the names of prepare.py:
 
-    dAqk = tril(do v_new^T)           dw  = -dv_new S^T          dkb = A^T dw          dvb = A^T dv_new
-    dA = dv_new v^T + dw (P k)^T      dL = -stril(A^T dA Diag(beta) A^T)               dv = beta dvb
+    dy  = beta dv_new          dr = A^T dy, the gradient of what A multiplies, v - P k S         dv = dr
+    dAqk_ij = <do_i, y_j> beta_j  (i >= j)               dKK_ij = -<dr_i, y_j> beta_j  (i > j)
+    dbeta_j = <dv_new_j, y_j> - sum_i KK_ij <dr_i, y_j>              beta_j dbeta_j = <dr_j, y_j>
 
-    dq_i = s (P_i (do S^T)_i + sum_j dAqk_ij D_ij k_j)
-    r_i  = P_i dkb_i + sum_j dL_ij D_ij k_j                      (gradient of beta_i k_i as a row)
-    c_j  = E_j (v_new dS^T)_j + sum_i dAqk_ij D_ij s q_i + sum_i dL_ij D_ij beta_i k_i     (of k_j as a column)
-    dk = beta r + c
-    dG = q dq + beta k r - k c;  every row also gets  total rowsum(S dS) + sum_j k_j E_j (v_new dS^T)_j
+    dq_i = s (P_i (S do_i) + sum_j dAqk_ij D_ij k_j)
+    r_i  = -P_i (S dr_i) + sum_j dKK_ij D_ij k_j                            (gradient of k_i as a row)
+    c_j  = E_j (dS v_new_j) + sum_i dAqk_ij D_ij s q_i + sum_i dKK_ij D_ij k_i         (as a column)
+    dk = r + c
+    dG = q dq + k r - k c;  every row also gets  total rowsum(S dS) + sum_j k_j E_j (dS v_new_j)
     dg = sum of dG from a row to the chunk's end
 
 and then the derivatives of norm, gate and sigmoid.
 
 # NOTE [Row sums]
-What the norms and beta need of whole rows is a sum over matrices of C x C, so that K can be worked on in slices that
-know nothing of each other.  o is linear in q, and scaling k_j scales row j and column j of L:
+The norms need sums over whole rows of q and k, but K is worked on in slices that know nothing of each other.  The sums
+follow from rows of V instead: o is linear in q, and scaling k_j scales row and column j of KK and row j of P k:
 
-    <q_i, dq_i> = <o_i, do_i>                          <k_i, r_i> = sum_j dL_ij KK_ij + sum_j A_ji (dw (P k)^T)_ji
-    <k_j, c_j>  = <v_new_j, dv_new_j> + sum_i beta_i KK_ij dL_ij         (Aqk takes part twice and cancels)
-    dbeta_i     = <k_i, r_i> + sum_j A_ji (dv_new v^T)_ji
+    <q_i, dq_i> = <o_i, do_i>                 <k_i, dk_i> = 2 <dr_i, y_i> - <dr_i, v_i>
+
+Such sums of products of rows are diagonals of products of matrices, which need no operand in registers.
+
+# NOTE [Pairs cancel]
+A pair of rows i > j adds the same number to dG_i and takes it from dG_j, so that it counts for the tokens between them
+only.  Both are computed from the same rounded operands: what remains of the difference is float32's rounding, even
+where decays are weak and the sum over the chunk is a thousand times smaller than its terms.
 """
 
 from __future__ import annotations
@@ -30,125 +35,125 @@ import triton
 import triton.language as tl
 
 from .decay import (
-    decay_from_start,
-    decay_to_end,
-    decay_to_row_boundary,
-    decay_to_tile_boundary,
-    meets,
+    as_product,
+    cast,
+    col_decay,
+    exp2,
+    load_matrix,
+    meets_in_tile,
+    needs_tree,
+    opaque_zero,
+    pin,
+    row_decay,
     sigmoid,
     softplus,
-    sum_in_tile,
+    split,
     sum_rows,
+    tree_decay,
 )
-from .prepare import block_pointers, chunk_place, load_beta, load_gate, load_rows, store_block, store_rows
+from .prepare import (
+    block_pointers,
+    chunk_place,
+    load_gate,
+    load_rows,
+    store_block,
+    store_rows,
+)
 from .scan import state_pointers
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def triangle_kernel(
-    p_do, p_o, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length,
-    p_A, p_kk, p_tiles, p_norms, p_states, p_v_new, p_dv_new, p_dv, p_d_beta, p_dAqk, p_dL, p_along, lower_bound, T, NT,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    WV: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
-    HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    p_do, p_o, p_v, p_chunk_token, p_chunk_length, p_strength, p_A, p_kk, p_y, p_dv_new, p_dv, p_d_beta, p_dAqk, p_dKK,
+    p_along, T, NT, HV: tl.constexpr, V: tl.constexpr, C: tl.constexpr, WV: tl.constexpr, BV: tl.constexpr,
+    SIGMOID: tl.constexpr, FACTOR: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dv, dbeta, dAqk, dL and the row sums <q, dq>, <k, dk> of one chunk of one value head."""
+    """Compute dv, dbeta, dAqk, dKK and the row sums <q, dq>, <k, dk> of one chunk of one value head."""
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
-    lower_bound = tl.cast(lower_bound, tl.float32)  # Inductor passes numbers as float64
     DT: tl.constexpr = p_A.dtype.element_ty
-    i_row, i_col = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     i_token = tl.arange(0, C)
-    b_beta, b_sigmoid = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)
-    b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
+    i, j = i_token[:, None], i_token[None, :]
+    b_beta = tl.load(p_strength + i_block * C + i_token)
+    b_A = (tl.load(block_pointers(p_A, i_block, 0, C, C, C)) * b_beta[:, None]).to(DT)
 
-    b_dA_v = tl.zeros((C, C), dtype=tl.float32)
-    b_dAqk = tl.zeros((C, C), dtype=tl.float32)
-    b_along_q = tl.zeros((C,), dtype=tl.float32)
-    b_along_k = tl.zeros((C,), dtype=tl.float32)
-    for i_v in tl.static_range(WV // BV):
-        b_do = load_rows(p_do, token, length, i_head, HV, V, C, BV, i_v * BV)
-        b_o = load_rows(p_o, token, length, i_head, HV, V, C, BV, i_v * BV)
-        b_along_q += tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-        b_v_new = tl.load(block_pointers(p_v_new, i_block, i_v, C, WV, BV))
-        b_dAqk += tl.dot(b_do.to(DT), tl.trans(b_v_new), input_precision=PRECISION)
+    b_do_y = tl.zeros((C, C), dtype=tl.float32)
+    b_dr_y = tl.zeros((C, C), dtype=tl.float32)
+    b_do_o = tl.zeros((C, C), dtype=tl.float32)
+    b_dr_v = tl.zeros((C, C), dtype=tl.float32)
+    b_d_beta = tl.zeros((C,), dtype=tl.float32)
+    for i_v in tl.range(WV // BV, num_stages=STAGES):
         b_dv_new = tl.load(block_pointers(p_dv_new, i_block, i_v, C, WV, BV))
-        b_along_k += tl.sum(b_v_new.to(tl.float32) * b_dv_new.to(tl.float32), 1)
+        b_dr = cast(tl.dot(tl.trans(b_A), b_dv_new, input_precision=PRECISION), DT)
+        store_rows(p_dv, b_dr, token, length, i_head, HV, V, C, BV, i_v * BV)
+        b_y = tl.load(block_pointers(p_y, i_block, i_v, C, WV, BV))
+        b_dr_y = tl.dot(b_dr, tl.trans(b_y), b_dr_y, input_precision=PRECISION)
         b_v = load_rows(p_v, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
-        b_dA_v += tl.dot(b_dv_new, tl.trans(b_v), input_precision=PRECISION)
-        b_dvb = tl.dot(tl.trans(b_A), b_dv_new, input_precision=PRECISION)
-        store_rows(p_dv, b_dvb * b_beta[:, None], token, length, i_head, HV, V, C, BV, i_v * BV)
-    store_block(p_dAqk, tl.where(i_row >= i_col, b_dAqk, 0.0), i_block, C, C)
-
-    # dw (P k)^T, a slice of K at a time; the norm of k is a factor of the columns.
-    b_dA_k = tl.zeros((C, C), dtype=tl.float32)
-    p_tiles += i_block * (C // 16 * BK)
-    for i_s in tl.static_range(BK // SK):
-        b_dw = tl.zeros((C, SK), dtype=tl.float32)
-        for i_v in tl.static_range(WV // BV):
-            b_dv_new = tl.load(block_pointers(p_dv_new, i_block, i_v, C, WV, BV))
-            b_S = tl.load(state_pointers(p_states, i_block, i_s, i_v, BK, WV, SK, BV))
-            b_dw = tl.dot(b_dv_new, tl.trans(b_S), b_dw, input_precision=PRECISION)
-        _, _, b_g = load_gate(
-            p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
-            i_s * SK,
-        )  # fmt: skip
-        b_start = decay_from_start(sum_in_tile(b_g, C, DT), p_tiles, i_s * SK, C, BK, SK)
-        b_k = load_rows(p_k, token, length, i_head // (HV // H), H, K, C, SK, i_s * SK).to(tl.float32)
-        b_dA_k -= tl.dot(b_dw.to(DT), tl.trans((b_k * b_start).to(DT)), input_precision=PRECISION)
-    b_dA_k *= tl.load(p_norms + i_block * (2 * C) + C + i_token)[None, :]
-
-    b_dA = tl.where(i_row > i_col, (b_dA_v + b_dA_k) * b_beta[None, :], 0.0).to(DT)
-    b_dL = tl.dot(b_dA, tl.trans(b_A), input_precision=PRECISION).to(DT)
-    b_dL = -tl.dot(tl.trans(b_A), b_dL, input_precision=PRECISION)
-    b_dL = tl.where(i_row > i_col, b_dL, 0.0)
-    store_block(p_dL, b_dL, i_block, C, C)
+        b_dr_v = tl.dot(b_dr, tl.trans(b_v), b_dr_v, input_precision=PRECISION)
+        b_do = load_rows(p_do, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_do_y = tl.dot(b_do, tl.trans(b_y), b_do_y, input_precision=PRECISION)
+        b_o = load_rows(p_o, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_do_o = tl.dot(b_do, tl.trans(b_o), b_do_o, input_precision=PRECISION)
+        if not SIGMOID:
+            b_d_beta += tl.sum(b_dv_new.to(tl.float32) * b_y.to(tl.float32), 1)
+    store_block(p_dAqk, tl.where(i >= j, b_do_y * b_beta[None, :], 0.0), i_block, C, C)
+    store_block(p_dKK, tl.where(i > j, b_dr_y * -b_beta[None, :], 0.0), i_block, C, C)
 
     # NOTE [Row sums]
-    b_dkk = b_dL * tl.load(block_pointers(p_kk, i_block, 0, C, C, C))
-    b_k_row = tl.sum(b_dkk, 1) + tl.sum(b_A * b_dA_k, 0)
-    b_along_k += b_beta * b_k_row + tl.sum(b_dkk * b_beta[:, None], 0)
-    b_d_beta = b_k_row + tl.sum(b_A * b_dA_v, 0)
+    tl.store(p_along, tl.sum(tl.where(i == j, b_do_o, 0.0), 1))
+    tl.store(p_along + C, tl.sum(tl.where(i == j, 2.0 * b_dr_y - b_dr_v, 0.0), 1))
     if SIGMOID:
-        b_d_beta *= FACTOR * b_sigmoid * (1.0 - b_sigmoid)
+        b_d_beta = (1.0 - b_beta / FACTOR) * tl.sum(tl.where(i == j, b_dr_y, 0.0), 1)
+    else:
+        b_d_beta -= tl.sum(tl.load(block_pointers(p_kk, i_block, 0, C, C, C)) * b_dr_y, 0)
     p_d_beta += (token + i_token) * HV + i_head
     tl.store(p_d_beta, b_d_beta.to(p_d_beta.dtype.element_ty), mask=i_token < length)
-    tl.store(p_along + i_block * (2 * C) + i_token, b_along_q)
-    tl.store(p_along + i_block * (2 * C) + C + i_token, b_along_k)
 
 
 @triton.jit
-def level_gradients(
-    b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq, b_rk, b_beta, b_row, b_col, m_level, p_dAqk, p_dL,
-    token, length, i_group, H, K, first, C: tl.constexpr, SK: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+def load_parts(p_high, p_low, i_block, i_s, C: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr):
+    """Load the two parts of a slice of log decays, [C, SK]."""
+    b_high = tl.load(block_pointers(p_high, i_block, i_s, C, BK, SK))
+    b_low = tl.load(block_pointers(p_low, i_block, i_s, C, BK, SK))
+    return b_high, b_low
+
+
+@triton.jit
+def tree_gradients(
+    b_d_row, b_d_col, b_dG, b_x, b_k, b_rx, b_rk, b_high, b_low, b_c, p_table, p_dxk, ANCHOR: tl.constexpr,
+    C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the pairs of one level, decayed by ``b_row`` and ``b_col``, to the gradients of rows and columns."""
-    tl.debug_barrier()  # NOTE [Read again] in prepare.py
-    b_left = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None] * b_col
-    b_left = b_left.to(DT)
-    b_dqk = tl.where(m_level, tl.load(p_dAqk), 0.0).to(DT)
-    b_q_row += tl.dot(b_dqk, b_left, input_precision=PRECISION) * b_row
-    b_dkk = tl.where(m_level, tl.load(p_dL), 0.0).to(DT)
-    b_k_row += tl.dot(b_dkk, b_left, input_precision=PRECISION) * b_row
-    tl.debug_barrier()
-    b_right = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_rq[:, None] * b_row
-    b_sum = tl.dot(tl.trans(b_dqk), b_right.to(DT), input_precision=PRECISION)
-    b_right = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * (b_rk * b_beta)[:, None] * b_row
-    b_sum = tl.dot(tl.trans(b_dkk), b_right.to(DT), b_sum, input_precision=PRECISION)
-    return b_q_row, b_k_row, b_k_col + b_sum * b_col
+    """Add what pairs in the tree inside tiles give to rows x (q or k), columns k and dG: NOTE [Tile anchor].
+
+    ``b_rx`` and ``b_rk`` are the inverse norms, dxk is the gradient of the pairs' products.
+    """
+    TILES: tl.constexpr = C // 16
+    for level in range(5):
+        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dxk), 0.0).to(DT)
+        b_exponent = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
+        b_row, b_col = tree_decay(b_exponent, b_c, ANCHOR), exp2(b_exponent)
+        b_one = load_matrix(p_table, TILES + 9 + level // 8, C)
+        b_left = cast(as_product(b_one, b_k) * b_rk[:, None] * b_col, DT)
+        b_right = cast(as_product(b_one, b_x) * b_rx[:, None] * b_row, DT)
+        b_r = tl.dot(b_dxk, b_left, input_precision=PRECISION)
+        b_d_row += b_r * b_row
+        b_dG += b_right * b_r
+        b_r = tl.dot(tl.trans(b_dxk), b_right, input_precision=PRECISION)
+        b_d_col += b_r * b_col
+        b_dG -= b_left * b_r
+    return b_d_row, b_d_col, b_dG
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def inputs_kernel(
-    p_do, p_q, p_k, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length,
-    p_A, p_total, p_tiles, p_norms, p_states, p_d_states, p_v_new, p_dv_new, p_dAqk, p_dL, p_along,
+    p_do, p_q, p_k, p_g, p_dr, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
+    p_total, p_strength, p_norms, p_high, p_low, p_states, p_d_states, p_y, p_dAqk, p_dKK, p_along,
     p_dq, p_dk, p_dg, p_d_slope, p_d_bias, scale, lower_bound, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
-    HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    ANCHOR: tl.constexpr, SAFE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the raw q, k and g, a slice of K of one chunk of one value head.
 
@@ -161,101 +166,157 @@ def inputs_kernel(
     i_group, first = i_head // (HV // H), i_s * SK
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_states.dtype.element_ty
-    LEVELS: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
-    i_k = tl.arange(0, SK)
+    i_token = tl.arange(0, C)
 
-    # Through the state: do S^T, v_new dS^T, A^T dw and the decay of the whole chunk.
-    b_q_row = tl.zeros((C, SK), dtype=tl.float32)
-    b_k_col = tl.zeros((C, SK), dtype=tl.float32)
-    b_dw = tl.zeros((C, SK), dtype=tl.float32)
-    b_d_total = tl.zeros((SK,), dtype=tl.float32)
-    for i_v in range(WV // BV):
-        b_S = tl.load(state_pointers(p_states, i_block, i_s, i_v, BK, WV, SK, BV))
-        b_dS = tl.load(state_pointers(p_d_states, i_block, i_s, i_v, BK, WV, SK, BV))
-        b_d_total += tl.sum(b_S.to(tl.float32) * b_dS.to(tl.float32), 1)
-        b_do = load_rows(p_do, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
-        b_q_row = tl.dot(b_do, tl.trans(b_S), b_q_row, input_precision=PRECISION)
-        b_v_new = tl.load(block_pointers(p_v_new, i_block, i_v, C, WV, BV))
-        b_k_col = tl.dot(b_v_new, tl.trans(b_dS), b_k_col, input_precision=PRECISION)
-        b_dv_new = tl.load(block_pointers(p_dv_new, i_block, i_v, C, WV, BV))
-        b_dw = tl.dot(b_dv_new, tl.trans(b_S), b_dw, input_precision=PRECISION)
-    b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
-    b_k_row = tl.dot(tl.trans(b_A), (-b_dw).to(DT), input_precision=PRECISION)
-
-    tl.debug_barrier()
-    _, _, b_g = load_gate(
+    z, slope, b_g = load_gate(  # noqa: RUF059
         p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
         first,
     )  # fmt: skip
-    b_c = sum_in_tile(b_g, C, DT)
-    p_tiles += i_block * (C // 16 * BK)
-    b_start = decay_from_start(b_c, p_tiles, first, C, BK, SK)
-    b_q_row *= b_start
-    b_k_row *= b_start
-    b_k_col *= decay_to_end(b_c, p_tiles, first, C, BK, SK)
-    b_beta, _ = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)
-    i_token = tl.arange(0, C)
-    b_rq = tl.load(p_norms + i_block * (2 * C) + i_token)
-    b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_token)
-    b_k_slice = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
-    b_d_total *= tl.load(p_total + i_block * BK + first + i_k)
-    b_d_total += tl.sum(b_k_slice * b_k_col, 0)
-
-    # Through the products inside the chunk, level by level.
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    p_dAqk = block_pointers(p_dAqk, i_block, 0, C, C, C)
-    p_dL = block_pointers(p_dL, i_block, 0, C, C, C)
-    for level in range(4, LEVELS):
-        b_e = decay_to_tile_boundary(b_c, p_tiles, first, level, C, BK, SK)
-        b_q_row, b_k_row, b_k_col = level_gradients(
-            b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, b_e, b_e, meets(level, C), p_dAqk, p_dL,
-            token, length, i_group, H, K, first, C, SK, DT, PRECISION,
-        )  # fmt: skip
-    use_anchor = ANCHOR
-    if ANCHOR and not SAFE:
-        use_anchor = tl.min(tl.min(b_c, 1), 0) >= -116.0
-    if use_anchor:
-        b_q_row, b_k_row, b_k_col = level_gradients(
-            b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, tl.exp2(b_c), tl.exp2(-b_c),
-            (i // 16 == j // 16) & (i >= j), p_dAqk, p_dL, token, length, i_group, H, K, first, C, SK, DT, PRECISION,
-        )  # fmt: skip
-    else:
-        tl.debug_barrier()
-        b_diagonal = tl.sum(tl.load(p_dAqk, mask=i == j, other=0.0).to(tl.float32), 1)
-        b_k_again = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
-        b_q_row += b_diagonal[:, None] * b_k_again
-        b_q_slice = load_rows(p_q, token, length, i_group, H, K, C, SK, first)
-        b_k_col += b_q_slice * (b_diagonal * b_rq * scale)[:, None]
-        b_z, slope, b_g = load_gate(
-            p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
-            first,
-        )  # fmt: skip
-        for level in range(4):
-            b_e = decay_to_row_boundary(b_g, level, C, DT)
-            b_q_row, b_k_row, b_k_col = level_gradients(
-                b_q_row, b_k_row, b_k_col, p_q, p_k, b_rq * scale, b_rk, b_beta, b_e, b_e, meets(level, C), p_dAqk,
-                p_dL, token, length, i_group, H, K, first, C, SK, DT, PRECISION,
-            )  # fmt: skip
-    # dG, its sum from each row to the end of the chunk, and through the norms.
+    # The two parts of the log decays wait in memory from one phase to the next: NOTE [Phases] in decay.py.
+    b_high, b_low = split(b_g, DT)
+    tl.store(block_pointers(p_high, i_block, i_s, C, BK, SK), b_high)
+    tl.store(block_pointers(p_low, i_block, i_s, C, BK, SK), b_low)
     tl.debug_barrier()
-    b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_rq[:, None]
-    b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
-    b_q_row *= scale
-    b_k_row *= b_beta[:, None]
-    b_dg = sum_rows(j >= i, b_q * b_q_row + b_k * (b_k_row - b_k_col), DT) + b_d_total[None, :]
-    b_k_row += b_k_col
-    if L2NORM:  # the norm removes the component along q or k
-        b_q_row = b_rq[:, None] * (b_q_row - b_q * tl.load(p_along + i_block * (2 * C) + i_token)[:, None])
-        b_k_row = b_rk[:, None] * (b_k_row - b_k * tl.load(p_along + i_block * (2 * C) + C + i_token)[:, None])
-    store_rows(p_dq, b_q_row, token, length, i_head, HV, K, C, SK, first)
-    store_rows(p_dk, b_k_row, token, length, i_head, HV, K, C, SK, first)
+    b_rq = tl.load(p_norms + i_block * (2 * C) + i_token) * scale
+    b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_token)
+    TILES: tl.constexpr = C // 16
 
-    # Through the gate.
+    # Pairs, for their columns: NOTE [Row tiles], NOTE [Pairs cancel].
+    zero = opaque_zero()
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_row = row_decay(sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low), ANCHOR, SAFE)
+    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
+    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)
+    b_right_q = cast(b_q * b_rq[:, None] * b_row, DT)
+    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
+    b_right_k = cast(b_k * b_rk[:, None] * b_row, DT)
+    b_dk = tl.zeros((C, SK), dtype=tl.float32)
+    b_dG = tl.zeros((C, SK), dtype=tl.float32)
+    zero = opaque_zero()
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+    for tile in tl.range(TILES, num_stages=STAGES):
+        zero = opaque_zero()
+        i_tile = (tl.arange(0, C)[:, None] + zero) // 16
+        b_dqk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
+        b_r = tl.dot(tl.trans(b_dqk), b_right_q, input_precision=PRECISION)
+        b_dkk = tl.load(block_pointers(p_dKK, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
+        b_r = tl.dot(tl.trans(b_dkk), b_right_k, b_r, input_precision=PRECISION)
+        b_col = col_decay(sum_rows(load_matrix(p_table, tile + zero, C), b_high, b_low), ANCHOR, SAFE)
+        b_dk += b_r * b_col
+        b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k16) * b_rk[:, None]
+        b_dG -= cast(b_k * b_col, DT) * b_r
+
+    # For their rows.
+    zero = opaque_zero()
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+    b_dq = tl.zeros((C, SK), dtype=tl.float32)
+    b_r = tl.zeros((C, SK), dtype=tl.float32)
+    for tile in tl.range(TILES, num_stages=STAGES):
+        zero = opaque_zero()
+        i_tile = (tl.arange(0, C)[:, None] + zero) // 16
+        b_col = col_decay(sum_rows(load_matrix(p_table, tile + zero, C), b_high, b_low), ANCHOR, SAFE)
+        b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k16) * b_rk[:, None]
+        b_left = cast(b_k * b_col, DT)
+        b_dqk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
+        b_dq = tl.dot(b_dqk, b_left, b_dq, input_precision=PRECISION)
+        b_dkk = tl.load(block_pointers(p_dKK, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
+        b_r = tl.dot(b_dkk, b_left, b_r, input_precision=PRECISION)
+    zero = opaque_zero()
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
+    b_row = row_decay(b_c, ANCHOR, SAFE)
+    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
+    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)
+    b_dG += cast(b_q * b_rq[:, None] * b_row, DT) * b_dq
+    b_dq, b_dG = pin(b_dq * b_row), pin(b_dG)
+    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
+    b_dG += cast(b_k * b_rk[:, None] * b_row, DT) * b_r
+    b_dk += b_r * b_row
+    b_dk, b_dG = pin(b_dk), pin(b_dG)
+    if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
+        if needs_tree(b_c, ANCHOR):
+            zero = opaque_zero()
+            p_dAqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
+            p_dKK = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
+            b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+            b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
+            b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+            b_dq, b_dk, b_dG = tree_gradients(
+                b_dq, b_dk, b_dG, b_q, b_k, b_rq, b_rk, b_high, b_low, b_c, p_table, p_dAqk, ANCHOR, C, DT, PRECISION
+            )
+            b_r = tl.zeros((C, SK), dtype=tl.float32)
+            b_r, b_dk, b_dG = tree_gradients(
+                b_r, b_dk, b_dG, b_k, b_k, b_rk, b_rk, b_high, b_low, b_c, p_table, p_dKK, ANCHOR, C, DT, PRECISION
+            )
+            b_dk += b_r
+            b_dq, b_dk, b_dG = pin(b_dq), pin(b_dk), pin(b_dG)
+
+    # Through the state, q: S do.
+    b_r = tl.zeros((C, SK), dtype=tl.float32)
+    for i_v in tl.range(WV // BV, num_stages=STAGES):
+        zero = opaque_zero()
+        b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
+        b_do = load_rows(p_do, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
+    zero = opaque_zero()
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + 6 + zero, C), b_high, b_low)))
+    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
+    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q) * b_rq[:, None]
+    b_dG += b_q * b_r
+    b_dq = scale * (b_dq + b_r)
+    if L2NORM:  # the norm removes the component along q
+        b_rq = tl.load(p_norms + (i_block + zero) * (2 * C) + i_token)
+        b_along = tl.load(p_along + (i_block + zero) * (2 * C) + i_token) * b_rq / scale
+        b_dq = b_rq[:, None] * b_dq - b_q * b_along[:, None]
+    store_rows(p_dq, b_dq, token + zero, length, i_head, HV, K, C, SK, first)
+    b_dG = pin(b_dG)
+
+    # Through the state, k: -S dr as a row, dS v_new as a column; and the decay of the whole chunk.
+    b_r = tl.zeros((C, SK), dtype=tl.float32)
+    b_d_col = tl.zeros((C, SK), dtype=tl.float32)
+    b_S_dS = tl.zeros((SK, SK), dtype=tl.float32)
+    for i_v in tl.range(WV // BV, num_stages=STAGES):
+        zero = opaque_zero()
+        b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
+        b_dr = load_rows(p_dr, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_r = tl.dot(b_dr, tl.trans(b_S), b_r, input_precision=PRECISION)
+        b_dS = tl.load(state_pointers(p_d_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
+        b_y = tl.load(block_pointers(p_y, i_block + zero, i_v, C, WV, BV))
+        b_d_col = tl.dot(b_y, tl.trans(b_dS), b_d_col, input_precision=PRECISION)
+        b_S_dS = tl.dot(b_S, tl.trans(b_dS), b_S_dS, input_precision=PRECISION)
+    zero = opaque_zero()
+    i_k = tl.arange(0, SK) + zero
+    b_d_total = tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 0)
+    b_d_total *= tl.load(p_total + i_block * BK + first + i_k)
+    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
+    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + 6 + zero, C), b_high, b_low)))
+    b_E = exp2(sum_rows(load_matrix(p_table, TILES + 7 + zero, C), b_high, b_low))
+    b_d_col = pin(b_d_col * b_E * tl.load(p_strength + (i_block + zero) * C + i_token)[:, None])
+    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k) * b_rk[:, None]
+    b_dG -= b_k * (b_r + b_d_col)
+    b_d_total += tl.sum(b_k * b_d_col, 0)
+    b_dk += b_d_col - b_r
+    if L2NORM:
+        b_along = tl.load(p_along + (i_block + zero) * (2 * C) + C + i_token)
+        b_dk = b_rk[:, None] * (b_dk - b_k * b_along[:, None])
+    store_rows(p_dk, b_dk, token + zero, length, i_head, HV, K, C, SK, first)
+    b_dG = pin(b_dG)
+
+    # From each row to the end of the chunk, and through the gate.
+    zero = opaque_zero()
+    i_k = first + zero + tl.arange(0, SK)
+    b_high, b_low = split(b_dG, DT)
+    b_dg = sum_rows(load_matrix(p_table, TILES + 8 + zero, C), b_high, b_low) + b_d_total[None, :]
     if GATE:
-        tl.debug_barrier()
         b_z, slope, _ = load_gate(
-            p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
-            first,
+            p_g, p_A_log, p_dt_bias, lower_bound, token + zero, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
+            HAS_BIAS, first,
         )  # fmt: skip
         if LOWER:
             b_s = sigmoid(slope * b_z)
@@ -264,10 +325,10 @@ def inputs_kernel(
         else:
             b_d_slope = -slope * softplus(b_z) * b_dg
             b_dg *= -slope * sigmoid(b_z)
-        inside = (tl.arange(0, C)[:, None] < length) & (first + i_k[None, :] < K)
+        m_inside = (i_token[:, None] < length) & (i_k[None, :] < K)
         if HAS_SLOPE:
-            d_slope = tl.sum(tl.sum(tl.where(inside, b_d_slope, 0.0), 1), 0)
+            d_slope = tl.sum(tl.sum(tl.where(m_inside, b_d_slope, 0.0), 1), 0)
             tl.store(p_d_slope + i_block * (BK // SK) + i_s, d_slope)
         if HAS_BIAS:
-            tl.store(p_d_bias + i_block * BK + first + i_k, tl.sum(tl.where(inside, b_dg, 0.0), 0))
-    store_rows(p_dg, b_dg, token, length, i_head, HV, K, C, SK, first)
+            tl.store(p_d_bias + i_block * BK + i_k, tl.sum(tl.where(m_inside, b_dg, 0.0), 0))
+    store_rows(p_dg, b_dg, token + zero, length, i_head, HV, K, C, SK, first)

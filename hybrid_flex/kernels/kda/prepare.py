@@ -3,13 +3,16 @@
 Per chunk and value head, with D, P (decay from the chunk's start) and E (decay to its end) as in ops/kda/chunk.py, and
 q, k already divided by their norms:
 
-    Aqk_ij = s <q_i, D_ij k_j>     L_ij = beta_i <k_i, D_ij k_j>     A = (I + L)^-1
-    u = A (beta v)                 w = A (beta P k)                  qg = s P q         kg = E k
+    Aqk_ij = s <q_i, D_ij k_j>     KK_ij = <k_i, D_ij k_j>  (i > j)     A = (I + KK Diag(beta))^-1
+    u = A v                        w = A P k                            qg = s P q         kg = E k
+
+so that ``y = u - w S`` is what every token writes before its strength, and ``v_new = beta y``: in ops/kda/chunk.py beta
+stands on the left of the triangle instead, which is the same v_new.  Here no gradient ever divides by beta.
 
 # NOTE [Block inverse]
 The inverse of a unit lower triangular matrix whose diagonal blocks of m rows have the inverses X and whose blocks below
 them, between neighbours, are B:  X <- X - X B X.  Starting from 1 x 1 blocks, six steps reach 64 rows.  It is block
-substitution: no power of L is ever formed, so nothing grows that the inverse does not hold.
+substitution: no power of the triangle is ever formed, so nothing grows that the inverse does not hold.
 """
 
 from __future__ import annotations
@@ -18,16 +21,19 @@ import triton
 import triton.language as tl
 
 from .decay import (
-    decay_from_start,
-    decay_to_end,
-    decay_to_row_boundary,
-    decay_to_tile_boundary,
-    load_total,
+    as_product,
+    cast,
+    col_decay,
+    exp2,
+    load_matrix,
     log2_decay,
-    meets,
+    meets_in_tile,
+    needs_tree,
+    row_decay,
     sigmoid,
-    store_totals,
-    sum_in_tile,
+    split,
+    sum_rows,
+    tree_decay,
 )
 
 
@@ -45,34 +51,38 @@ def chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C: tl.constexpr, 
 
 
 @triton.jit
+def row_pointers(p_x, token, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """Return pointers to ``[C, BLOCK]`` of x [tokens, HEADS, WIDTH] from a row and a column on."""
+    i_row, i_col = tl.arange(0, C)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    return p_x + (token * HEADS + i_head) * WIDTH + first + i_row * (HEADS * WIDTH) + i_col
+
+
+@triton.jit
 def load_rows(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
-    """Load ``[C, BLOCK]`` of x [tokens, HEADS, WIDTH] from a column on; zero past the chunk's rows and the width."""
-    i_row = tl.arange(0, C)[:, None]
-    i_col = first + tl.arange(0, BLOCK)[None, :]
-    pointers = p_x + (token * HEADS + i_head) * WIDTH + i_row * (HEADS * WIDTH) + i_col
-    return tl.load(pointers, mask=(i_row < length) & (i_col < WIDTH), other=0.0)
+    """Load ``[C, BLOCK]`` of x from a row and a column on; zero past the chunk's rows and the width."""
+    mask = (tl.arange(0, C)[:, None] < length) & (first + tl.arange(0, BLOCK)[None, :] < WIDTH)
+    return tl.load(row_pointers(p_x, token, i_head, HEADS, WIDTH, C, BLOCK, first), mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(p_x, b_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
-    """Store ``[C, BLOCK]`` into x [tokens, HEADS, WIDTH] from a column on, without the padding."""
-    i_row = tl.arange(0, C)[:, None]
-    i_col = first + tl.arange(0, BLOCK)[None, :]
-    pointers = p_x + (token * HEADS + i_head) * WIDTH + i_row * (HEADS * WIDTH) + i_col
-    tl.store(pointers, b_x.to(p_x.dtype.element_ty), mask=(i_row < length) & (i_col < WIDTH))
+    """Store ``[C, BLOCK]`` into x from a row and a column on, without the padding."""
+    mask = (tl.arange(0, C)[:, None] < length) & (first + tl.arange(0, BLOCK)[None, :] < WIDTH)
+    pointers = row_pointers(p_x, token, i_head, HEADS, WIDTH, C, BLOCK, first)
+    tl.store(pointers, cast(b_x, p_x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def block_pointers(p_x, i_block, i_s, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Return pointers to ``[C, BLOCK]``, slice i_s of block i of a workspace ``[blocks, C, WIDTH]``."""
-    offsets = tl.arange(0, C)[:, None] * WIDTH + i_s * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return p_x + i_block * (C * WIDTH) + offsets
+    i_row, i_col = tl.arange(0, C)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    return p_x + i_block * (C * WIDTH) + i_s * BLOCK + i_row * WIDTH + i_col
 
 
 @triton.jit
 def store_block(p_x, b_x, i_block, C: tl.constexpr, WIDTH: tl.constexpr):
     """Store block ``[C, WIDTH]`` number i of a workspace ``[blocks, C, WIDTH]``."""
-    tl.store(block_pointers(p_x, i_block, 0, C, WIDTH, WIDTH), b_x.to(p_x.dtype.element_ty))
+    tl.store(block_pointers(p_x, i_block, 0, C, WIDTH, WIDTH), cast(b_x, p_x.dtype.element_ty))
 
 
 @triton.jit
@@ -94,181 +104,150 @@ def load_gate(
 
 
 @triton.jit
-def load_beta(p_beta, token, length, i_head, HV, C: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr):
-    """Load the write strength [C] of a chunk, zero past its rows, with its sigmoid (1 where there is none)."""
+def load_strength(p_beta, token, length, i_head, HV, C: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr):
+    """Load beta [C] of a chunk, zero past its rows, and apply its sigmoid."""
     i_row = tl.arange(0, C)
-    b_raw = tl.load(p_beta + (token + i_row) * HV + i_head, mask=i_row < length, other=0.0).to(tl.float32)
-    b_beta = b_raw
+    b_beta = tl.load(p_beta + (token + i_row) * HV + i_head, mask=i_row < length, other=0.0).to(tl.float32)
     if SIGMOID:
-        b_beta = FACTOR * sigmoid(b_raw)
-    return tl.where(i_row < length, b_beta, 0.0), sigmoid(b_raw)
+        b_beta = FACTOR * sigmoid(b_beta)
+    return tl.where(i_row < length, b_beta, 0.0)
 
 
 @triton.jit
-def inverse_root(b_square, L2NORM: tl.constexpr):
-    """Return ``1 / sqrt(b_square + 1e-6)``, the inverse norms of rows from their sums of squares, or ones."""
+def inverse_norm(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, L2NORM: tl.constexpr):
+    """Return ``1 / sqrt(sum x^2 + 1e-6)`` of the rows of a chunk, [C], or ones."""
     if L2NORM:
-        return tl.rsqrt(b_square + 1e-6)
+        b_x = load_rows(p_x, token, length, i_head, HEADS, WIDTH, C, BLOCK).to(tl.float32)
+        b_root = tl.rsqrt(tl.sum(b_x * b_x, 1) + 1e-6)
     else:
-        return b_square * 0.0 + 1.0
+        b_root = tl.full((C,), 1.0, dtype=tl.float32)
+    return b_root
 
 
 @triton.jit
-def tree_products(
-    b_qk, b_kk, m_rows, p_q, p_k, b_g, token, length, i_group, H, K, first, C: tl.constexpr, SK: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+def pair_products(
+    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the products inside tiles, of rows ``m_rows [C, 1]``, by the tree's levels 1, 2, 4, 8."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first).to(tl.float32)
-    b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first).to(tl.float32)
-    b_qk += tl.where(m_rows & (i == j), tl.sum(b_q * b_k, 1)[:, None], 0.0)
-    for level in range(4):
-        tl.debug_barrier()  # NOTE [Read again]
-        b_e = decay_to_row_boundary(b_g, level, C, DT)
-        b_ke = (load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
-        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
-        m_level = meets(level, C) & m_rows
-        b_qk += tl.where(m_level, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
-        b_kk += tl.where(m_level, tl.dot(b_ke, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+    """Add a slice of K's part of ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``, [C, C]; above the diagonal, nonsense."""
+    TILES: tl.constexpr = C // 16
+    i_tile = tl.arange(0, C)[:, None] // 16
+    b_one = load_matrix(p_table, TILES + 9, C)
+    b_c = sum_rows(load_matrix(p_table, TILES, C), b_high, b_low)
+    b_row = row_decay(b_c, ANCHOR, SAFE)
+    b_right_k = cast(as_product(b_one, b_k) * b_row, DT)
+    b_right_q = cast(as_product(b_one, b_q) * b_row, DT)
+    for tile in tl.range(TILES, num_stages=STAGES):
+        b_x = sum_rows(load_matrix(p_table, tile, C), b_high, b_low)
+        b_k32 = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k)
+        b_left = tl.trans(cast(b_k32 * col_decay(b_x, ANCHOR, SAFE), DT))
+        b_kk = tl.dot(tl.where(i_tile == tile, b_right_k, 0.0).to(DT), b_left, b_kk, input_precision=PRECISION)
+        b_qk = tl.dot(tl.where(i_tile == tile, b_right_q, 0.0).to(DT), b_left, b_qk, input_precision=PRECISION)
+    if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
+        if needs_tree(b_c, ANCHOR):
+            for level in range(5):
+                b_x = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
+                b_row = tree_decay(b_x, b_c, ANCHOR)
+                b_one = load_matrix(p_table, TILES + 9 + level // 8, C)
+                b_k32 = as_product(b_one, b_k)
+                b_left = tl.trans(cast(b_k32 * exp2(b_x), DT))
+                m_pairs = meets_in_tile(level, C)
+                b_product = tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION)
+                b_kk += tl.where(m_pairs, b_product, 0.0)
+                b_product = tl.dot(cast(as_product(b_one, b_q) * b_row, DT), b_left, input_precision=PRECISION)
+                b_qk += tl.where(m_pairs, b_product, 0.0)
     return b_qk, b_kk
 
 
 @triton.jit
-def slice_products(
-    b_qk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR: tl.constexpr,
-    SAFE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, SK: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add a slice of K's part of ``<q_i, D_ij k_j>`` for i >= j and ``<k_i, D_ij k_j>`` for i > j, [C, C].
+def unit_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return ``(I + L)^-1`` of a strictly lower triangular matrix [C, C]: NOTE [Block inverse].
 
-    # NOTE [Read again]
-    Every stage reads q and k anew, from the cache.  Kept, they and what the compiler derives from them would fill the
-    registers; the barrier keeps it from merging the loads.
+    X is block diagonal, so the blocks of X L X between neighbours are those of X B X: the mask comes last.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for level in range(4, LEVELS):
-        b_e = decay_to_tile_boundary(b_c, p_tiles, first, level, C, BK, SK)
-        b_ke = (load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
-        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_e).to(DT)
-        m_level = meets(level, C)
-        b_qk += tl.where(m_level, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
-        b_kk += tl.where(m_level, tl.dot(b_ke, tl.trans(b_ke), input_precision=PRECISION), 0.0)
-        tl.debug_barrier()
-    if ANCHOR:
-        b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first)
-        b_col = tl.trans((b_k * tl.exp2(tl.minimum(-b_c, 126.0))).to(DT))
-        b_row = tl.exp2(b_c)
-        m_tile = i // 16 == j // 16
-        if not SAFE:
-            m_rows = tl.min(b_c, 1) < -116.0  # NOTE [Tile anchor]
-            m_tile = m_tile & (m_rows[:, None] == 0)
-        b_ke = (b_k * b_row).to(DT)
-        b_kk += tl.where(m_tile & (i > j), tl.dot(b_ke, b_col, input_precision=PRECISION), 0.0)
-        b_qe = (load_rows(p_q, token, length, i_group, H, K, C, SK, first) * b_row).to(DT)
-        b_qk += tl.where(m_tile & (i >= j), tl.dot(b_qe, b_col, input_precision=PRECISION), 0.0)
-        if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
-            if tl.max(m_rows.to(tl.int32), 0) == 1:
-                b_qk, b_kk = tree_products(
-                    b_qk, b_kk, m_rows[:, None], p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT,
-                    PRECISION,
-                )  # fmt: skip
-    else:
-        b_qk, b_kk = tree_products(
-            b_qk, b_kk, i >= 0, p_q, p_k, b_g, token, length, i_group, H, K, first, C, SK, DT, PRECISION
-        )
-    return b_qk, b_kk
-
-
-@triton.jit
-def unit_inverse(b_L, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return ``(I + L)^-1`` of a strictly lower triangular matrix [C, C]: NOTE [Block inverse]."""
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    b_X = tl.where(i == j, 1.0, 0.0) - tl.where(meets(0, C), b_L, 0.0)
-    for level in range(1, LEVELS):
-        b_BX = tl.dot(tl.where(meets(level, C), b_L, 0.0), b_X, input_precision=PRECISION)
-        b_X -= tl.dot(b_X, b_BX, input_precision=PRECISION)
+    b_X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -b_L, 0.0))
+    for level in range(1, 6 if C == 64 else 5 if C == 32 else 4):
+        b_LX = tl.dot(b_L, b_X, input_precision=PRECISION)
+        b_XLX = tl.dot(b_X, b_LX, input_precision=PRECISION)
+        b_X -= tl.where(((i ^ j) >> level) == 1, b_XLX, 0.0)
     return b_X
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def prepare_kernel(
-    p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length,
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_A, p_kk, p_total, p_tiles, p_norms, scale, lower_bound, T, NT,
+    p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, scale, lower_bound, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
     ANCHOR: tl.constexpr, SAFE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
-    For the backward it also leaves A, ``<k_i, D_ij k_j>``, and the inverse norms of q and k.
+    For the backward it also leaves A, the inverse norms of q and k, and KK where the caller gave beta itself.
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
     i_group = i_head // (HV // H)
-    scale, lower_bound = (
-        tl.cast(scale, tl.float32),
-        tl.cast(lower_bound, tl.float32),
-    )  # Inductor passes numbers as float64
+    # Inductor passes numbers as float64.
+    scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_qg.dtype.element_ty
-    LEVELS: tl.constexpr = 6 if C == 64 else 5 if C == 32 else 4
+    i_row = tl.arange(0, C)
 
-    b_beta, b_unused = load_beta(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR)  # noqa: RUF059
-    b_k = load_rows(p_k, token, length, i_group, H, K, C, BK).to(tl.float32)
-    b_rk = inverse_root(tl.sum(b_k * b_k, 1), L2NORM)
-    b_k = load_rows(p_q, token, length, i_group, H, K, C, BK).to(tl.float32)
-    b_rq = inverse_root(tl.sum(b_k * b_k, 1), L2NORM)
+    p_strength += i_block * C + i_row
+    tl.store(p_strength, load_strength(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR))
+    b_rq = inverse_norm(p_q, token, length, i_group, H, K, C, BK, L2NORM)
+    b_rk = inverse_norm(p_k, token, length, i_group, H, K, C, BK, L2NORM)
     if FOR_BACKWARD:
-        i_row = i_block * (2 * C) + tl.arange(0, C)
-        tl.store(p_norms + i_row, b_rq)
-        tl.store(p_norms + i_row + C, b_rk)
+        tl.store(p_norms + i_block * (2 * C) + i_row, b_rq)
+        tl.store(p_norms + i_block * (2 * C) + C + i_row, b_rk)
 
-    # A slice of K at a time: kg, qg, P k (which waits in the place of w), and its part of the products.
-    p_tiles += i_block * (C // 16 * BK)
-    b_Aqk = tl.zeros((C, C), dtype=tl.float32)
+    # A slice of K at a time: its part of the products, then qg, kg and P k, which waits in the place of w.
+    b_qk = tl.zeros((C, C), dtype=tl.float32)
     b_kk = tl.zeros((C, C), dtype=tl.float32)
     for i_s in range(BK // SK):
-        tl.debug_barrier()
         first = i_s * SK
         b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
             p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
             first,
         )  # fmt: skip
-        b_c = sum_in_tile(b_g, C, DT)
-        store_totals(p_tiles + first, b_c, C, BK, SK)
-        tl.debug_barrier()  # other threads of this program read the totals
-        b_total = load_total(p_tiles, 0, first, C, BK, SK) + load_total(p_tiles, 1, first, C, BK, SK)
-        b_total += load_total(p_tiles, 2, first, C, BK, SK) + load_total(p_tiles, 3, first, C, BK, SK)
-        tl.store(p_total + i_block * BK + first + tl.arange(0, SK), tl.exp2(b_total))
-        b_ks = load_rows(p_k, token, length, i_group, H, K, C, SK, first) * b_rk[:, None]
-        b_end = decay_to_end(b_c, p_tiles, first, C, BK, SK)
-        tl.store(block_pointers(p_kg, i_block, i_s, C, BK, SK), (b_ks * b_end).to(DT))
-        b_start = decay_from_start(b_c, p_tiles, first, C, BK, SK)
-        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), (b_ks * b_start).to(DT))
-        b_qs = load_rows(p_q, token, length, i_group, H, K, C, SK, first) * (b_rq * scale)[:, None]
-        tl.store(block_pointers(p_qg, i_block, i_s, C, BK, SK), (b_qs * b_start).to(DT))
-        tl.debug_barrier()
-        b_Aqk, b_kk = slice_products(
-            b_Aqk, b_kk, p_q, p_k, b_g, b_c, p_tiles, token, length, i_group, H, K, first, ANCHOR, SAFE, C, BK, SK,
-            LEVELS, DT, PRECISION,
-        )  # fmt: skip
+        b_high, b_low = split(b_g, DT)
+        b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first)
+        b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first)
+        b_qk, b_kk = pair_products(
+            b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION, STAGES
+        )
+        tl.debug_barrier()  # NOTE [Read again]
+        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + 6, C), b_high, b_low))
+        b_one = load_matrix(p_table, C // 16 + 9, C)
+        i_k = first + tl.arange(0, SK)[None, :]
+        tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_P, mask=i_row[:, None] == C - 1)
+        b_qg = as_product(b_one, b_q) * (b_rq * scale)[:, None] * b_P
+        tl.store(block_pointers(p_qg, i_block, i_s, C, BK, SK), cast(b_qg, DT))
+        b_k32 = as_product(b_one, b_k) * b_rk[:, None]
+        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
+        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + 7, C), b_high, b_low))
+        tl.store(block_pointers(p_kg, i_block, i_s, C, BK, SK), cast(b_k32 * b_E, DT))
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
-    store_block(p_Aqk, b_Aqk * (b_rq * scale)[:, None] * b_rk[None, :], i_block, C, C)
-    b_kk *= b_rk[:, None] * b_rk[None, :]
-    b_A = unit_inverse(b_kk * b_beta[:, None], C, LEVELS, PRECISION)
-    if FOR_BACKWARD:
+    i, j = i_row[:, None], i_row[None, :]
+    store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
+    b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
+    if FOR_BACKWARD and not SIGMOID:
         store_block(p_kk, b_kk, i_block, C, C)
+    b_beta = tl.load(p_strength)  # barriers have passed since it was stored
+    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, PRECISION), DT)
+    if FOR_BACKWARD:
         store_block(p_A, b_A, i_block, C, C)
-    b_Ab = (b_A * b_beta[None, :]).to(DT)
     for i_s in range(BK // SK):
-        b_ks = tl.load(block_pointers(p_w, i_block, i_s, C, BK, SK))
-        b_w = tl.dot(b_Ab, b_ks, input_precision=PRECISION)
+        b_k = tl.load(block_pointers(p_w, i_block, i_s, C, BK, SK))
+        b_w = tl.dot(b_A, b_k, input_precision=PRECISION)
         tl.debug_barrier()  # every thread has read what is now overwritten
-        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), b_w.to(DT))
+        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), cast(b_w, DT))
     for i_v in range(WV // BV):
         b_v = load_rows(p_v, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
-        b_u = tl.dot(b_Ab, b_v, input_precision=PRECISION)
-        tl.store(block_pointers(p_u, i_block, i_v, C, WV, BV), b_u.to(DT))
+        b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
+        tl.store(block_pointers(p_u, i_block, i_v, C, WV, BV), cast(b_u, DT))

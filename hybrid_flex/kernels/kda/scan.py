@@ -2,8 +2,10 @@
 
 Per sequence, value head and slice of V, with the workspace of prepare.py:
 
-    forward:    v_new = u - w S      o = qg S + Aqk v_new      S  <- Diag(total) S + kg^T v_new
-    backward:   dv_new = Aqk^T do + kg dS                      dS <- Diag(total) dS + qg^T do - w^T dv_new
+    forward:    y = u - w S                  v_new = beta y      o = qg S + Aqk v_new
+                S <- Diag(total) S + kg^T v_new
+    backward:   dv_new = Aqk^T do + kg dS    dy = beta dv_new
+                dS <- Diag(total) dS + qg^T do - w^T dy
 
 S and dS stay in float32 registers; dS is the gradient of the state after the chunk.
 """
@@ -55,8 +57,8 @@ def state_pointers(p_x, i_block, i_k, i_v, BK: tl.constexpr, WV: tl.constexpr, S
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def scan_kernel(
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_initial, p_o, p_final, p_states, p_v_new, p_cu_seqlens, p_first_chunk, T,
-    NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_initial, p_o, p_final, p_states, p_y, p_cu_seqlens,
+    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
     BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, WRITE_O: tl.constexpr,
     WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -78,9 +80,10 @@ def scan_kernel(
         b_S16 = b_S.to(DT)
         if WRITE_STATES:
             tl.store(block_pointers(p_states, i_block, i_v, BK, WV, BV), b_S16)
-        b_v = (b_u - tl.dot(b_w, b_S16, input_precision=PRECISION)).to(DT)
+        b_y = b_u - tl.dot(b_w, b_S16, input_precision=PRECISION)
         if WRITE_STATES:
-            tl.store(block_pointers(p_v_new, i_block, i_v, C, WV, BV), b_v)
+            tl.store(block_pointers(p_y, i_block, i_v, C, WV, BV), b_y.to(DT))
+        b_v = (b_y * tl.load(p_strength + i_block * C + tl.arange(0, C))[:, None]).to(DT)
         if WRITE_O:
             b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
             b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))
@@ -94,8 +97,8 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def scan_backward_kernel(
-    p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens, p_first_chunk, T,
-    NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
+    p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
+    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
     BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -114,12 +117,13 @@ def scan_backward_kernel(
         b_dS16 = b_dS.to(DT)
         tl.store(block_pointers(p_d_states, i_block, i_v, BK, WV, BV), b_dS16)
         b_dv = tl.dot(tl.trans(b_Aqk), b_do, input_precision=PRECISION)
-        b_dv = tl.dot(b_kg, b_dS16, b_dv, input_precision=PRECISION).to(DT)
-        tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv)
+        b_dv = tl.dot(b_kg, b_dS16, b_dv, input_precision=PRECISION)
+        tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv.to(DT))
+        b_dy = (b_dv * tl.load(p_strength + i_block * C + tl.arange(0, C))[:, None]).to(DT)
         b_total = tl.load(p_total + i_block * BK + tl.arange(0, BK))
         b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
         b_dS = tl.dot(tl.trans(b_qg), b_do, b_dS * b_total[:, None], input_precision=PRECISION)
-        b_dS -= tl.dot(tl.trans(b_w), b_dv, input_precision=PRECISION)
+        b_dS -= tl.dot(tl.trans(b_w), b_dy, input_precision=PRECISION)
     if HAS_INITIAL:
         store_state(p_d_initial, b_dS, i_nh, i_v, K, V, BK, BV, V_FIRST)
