@@ -126,7 +126,7 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
         plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
         **sizes, SK=SLICE, BV=SLICE, **plan.gate, **_anchor(raw), FOR_BACKWARD=for_backward,
-        STAGES=2, num_warps=4, num_stages=2,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
 

@@ -14,10 +14,11 @@ A chunk is C / 16 tiles of rows.  Rows i of tile I meet all rows j <= i of the c
 with c the sum from the start of a row's own tile through the row, so that every row has one factor, whatever it meets.
 
 # NOTE [Tile anchor]
-Inside a tile col_j grows.  While -c stays below 116 (the lower-bound gate with -5 allows 16 * 5 * log2 e = 115.4) both
-factors are numbers of float32, bfloat16 and tf32.  Where c_i is below -116 in a channel, row_i is taken as zero there:
-what the row receives from other tiles is below 2^-116, and what it receives inside its tile comes from a tree of five
-steps more, whose exponents are never positive, whatever the gate:
+Inside a tile col_j grows.  A factor of 2^56 on rows and 2^-56 on columns puts the middle of float32's range where c is
+-56, so both are numbers of float32, bfloat16 and tf32 while -c stays below 172 (the lower-bound gate with -5 allows
+16 * 5 * log2 e = 115.4).  Where c_i is below that in a channel, row_i is taken as zero there: what the row receives
+from other tiles is below 2^-172, and what it receives inside its tile comes from a tree of five steps more, whose
+exponents are never positive, whatever the gate:
 
     diagonal        i = j                                             row = 1        col = 1
     level l         i, j in neighbouring blocks of 2^l rows           row = 2^x      col = 2^x
@@ -64,7 +65,7 @@ def _exponent_table(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     rows = [*map(to_tile, range(C // 16)), (i // 16 == j // 16) & (j <= i)]
     rows += [(i < 0) & (j < 0), *map(to_boundary, range(4))]
-    rows += [j <= i, j > i, j >= i, i == j]
+    rows += [j <= i, j > i, j >= i, i == j, *map(to_boundary, range(4, C.bit_length() - 1))]
     return torch.stack([row.to(dtype) for row in rows])
 
 
@@ -107,6 +108,17 @@ def reciprocal(x):
 
 
 @triton.jit
+def log2(x):
+    """Return the binary logarithm of x, one of float32's normal numbers, to 2^-22 of the result or of one."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def opaque_zero():
     """Return 0 in a way that the compiler cannot see through: NOTE [Phases].
 
@@ -142,10 +154,10 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
-    """Return log(1 + exp(x)), without overflow and exact for large negative x to the last digits of float32."""
+    """Return log(1 + exp(x)), without overflow and with float32's digits for large negative x."""
     e = exp2(-1.4426950408889634 * tl.abs(x))
     # log(1 + e) loses the digits of a small e; its series does not.
-    return tl.maximum(x, 0.0) + tl.where(e < 1e-3, e * (1.0 - 0.5 * e), tl.log(1.0 + e))
+    return tl.maximum(x, 0.0) + tl.where(e < 2e-2, e * (1.0 - e * (0.5 - e * 0.3333333)), 0.6931471805599453 * log2(1.0 + e))
 
 
 @triton.jit
@@ -173,6 +185,26 @@ def cast(b_x, DT: tl.constexpr):
     else:
         return tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [b_x], dtype=tl.float16, is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def widen(b_x):
+    """Return x in float32, converted where this stands.
+
+    The compiler takes the conversion of what a loop does not change out of the loop, where it costs two registers a
+    pair of numbers instead of one.  Assembly that might have side effects stays.
+    """
+    if INTERPRETED or b_x.dtype != tl.bfloat16:
+        return b_x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [b_x],
+            dtype=tl.float32,
+            is_pure=False,
+            pack=2,
         )
 
 
@@ -229,33 +261,39 @@ def meets_in_tile(level, C: tl.constexpr):
 @triton.jit
 def row_decay(b_c, ANCHOR: tl.constexpr, SAFE: tl.constexpr):
     """Return the factors of rows from the sums c: NOTE [Tile anchor]."""
-    b_row = exp2(b_c)
-    if ANCHOR and not SAFE:
-        b_row = tl.where(b_c < -116.0, 0.0, b_row)
-    return b_row
+    if ANCHOR:
+        b_c += 56.0
+        if not SAFE:
+            b_c = tl.where(b_c < -116.0, -1000.0, b_c)
+    return exp2(b_c)
 
 
 @triton.jit
 def col_decay(b_x, ANCHOR: tl.constexpr, SAFE: tl.constexpr):
     """Return the factors of columns for a row tile from their exponents; zero where no row uses them."""
-    if not SAFE:
-        b_x = tl.where(b_x > (116.0 if ANCHOR else 0.0), -1000.0, b_x)
+    if ANCHOR:
+        b_x -= 56.0
+        if not SAFE:
+            b_x = tl.where(b_x > 116.0, -1000.0, b_x)
+    else:
+        b_x = tl.where(b_x > 0.0, -1000.0, b_x)
     return exp2(b_x)
 
 
 @triton.jit
 def tree_decay(b_x, b_c, ANCHOR: tl.constexpr):
     """Return the factors of rows in a step of the tree; zero where a row uses the tile anchor."""
-    b_row = exp2(b_x)
     if ANCHOR:
-        b_row = tl.where(b_c < -116.0, b_row, 0.0)
-    return b_row
+        b_x = tl.where(b_c + 56.0 < -116.0, b_x, -1000.0)
+    return exp2(b_x)
 
 
 @triton.jit
-def needs_tree(b_c, ANCHOR: tl.constexpr):
+def needs_tree(b_c, ANCHOR: tl.constexpr, SAFE: tl.constexpr):
     """Tell whether some row of the chunk needs the tree in some channel."""
-    if ANCHOR:
-        return tl.min(tl.min(b_c, 1), 0) < -116.0
+    if SAFE:
+        return False
+    elif ANCHOR:
+        return tl.min(tl.min(b_c, 1), 0) + 56.0 < -116.0
     else:
         return True

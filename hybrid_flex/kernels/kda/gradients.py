@@ -101,6 +101,7 @@ def triangle_kernel(
     store_block(p_dKK, tl.where(i > j, b_dr_y * -b_beta[None, :], 0.0), i_block, C, C)
 
     # NOTE [Row sums]
+    p_along += i_block * (2 * C) + i_token
     tl.store(p_along, tl.sum(tl.where(i == j, b_do_o, 0.0), 1))
     tl.store(p_along + C, tl.sum(tl.where(i == j, 2.0 * b_dr_y - b_dr_v, 0.0), 1))
     if SIGMOID:
@@ -121,28 +122,33 @@ def load_parts(p_high, p_low, i_block, i_s, C: tl.constexpr, BK: tl.constexpr, S
 
 @triton.jit
 def tree_gradients(
-    b_d_row, b_d_col, b_dG, b_x, b_k, b_rx, b_rk, b_high, b_low, b_c, p_table, p_dxk, ANCHOR: tl.constexpr,
+    b_dq, b_dk, b_dG, b_q, b_k, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR: tl.constexpr,
     C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what pairs in the tree inside tiles give to rows x (q or k), columns k and dG: NOTE [Tile anchor].
-
-    ``b_rx`` and ``b_rk`` are the inverse norms, dxk is the gradient of the pairs' products.
-    """
+    """Add what pairs in the tree inside tiles give to q, k and dG: NOTE [Tile anchor]."""
     TILES: tl.constexpr = C // 16
-    for level in range(5):
-        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dxk), 0.0).to(DT)
-        b_exponent = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
-        b_row, b_col = tree_decay(b_exponent, b_c, ANCHOR), exp2(b_exponent)
-        b_one = load_matrix(p_table, TILES + 9 + level // 8, C)
-        b_left = cast(as_product(b_one, b_k) * b_rk[:, None] * b_col, DT)
-        b_right = cast(as_product(b_one, b_x) * b_rx[:, None] * b_row, DT)
+    for level in tl.range(5, num_stages=1):
+        zero = opaque_zero()
+        b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
+        b_x = sum_rows(load_matrix(p_table, TILES + 1 + level + zero, C), b_high, b_low)
+        b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
+        b_one = load_matrix(p_table, TILES + 9 + zero, C)
+        b_k32 = as_product(b_one, b_k) * b_rk[:, None]
+        b_left, b_right = cast(b_k32 * b_col, DT), cast(b_k32 * b_row, DT)
+        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dkk), 0.0).to(DT)
         b_r = tl.dot(b_dxk, b_left, input_precision=PRECISION)
-        b_d_row += b_r * b_row
+        b_dk += b_r * b_row
         b_dG += b_right * b_r
-        b_r = tl.dot(tl.trans(b_dxk), b_right, input_precision=PRECISION)
-        b_d_col += b_r * b_col
-        b_dG -= b_left * b_r
-    return b_d_row, b_d_col, b_dG
+        b_t = tl.dot(tl.trans(b_dxk), b_right, input_precision=PRECISION)
+        b_right = cast(as_product(b_one, b_q) * b_rq[:, None] * b_row, DT)
+        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dqk), 0.0).to(DT)
+        b_r = tl.dot(b_dxk, b_left, input_precision=PRECISION)
+        b_dq += b_r * b_row
+        b_dG += b_right * b_r
+        b_t = tl.dot(tl.trans(b_dxk), b_right, b_t, input_precision=PRECISION)
+        b_dk += b_t * b_col
+        b_dG -= b_left * b_t
+    return b_dq, b_dk, b_dG
 
 
 @triton.jit(do_not_specialize=["T", "NT"])
@@ -181,7 +187,7 @@ def inputs_kernel(
     b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_token)
     TILES: tl.constexpr = C // 16
 
-    # Pairs, for their columns: NOTE [Row tiles], NOTE [Pairs cancel].
+    # Pairs: NOTE [Row tiles], NOTE [Pairs cancel].
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_row = row_decay(sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low), ANCHOR, SAFE)
@@ -191,42 +197,32 @@ def inputs_kernel(
     b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
     b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
     b_right_k = cast(b_k * b_rk[:, None] * b_row, DT)
+    b_dq = tl.zeros((C, SK), dtype=tl.float32)
+    b_r = tl.zeros((C, SK), dtype=tl.float32)
     b_dk = tl.zeros((C, SK), dtype=tl.float32)
     b_dG = tl.zeros((C, SK), dtype=tl.float32)
     zero = opaque_zero()
+    i_tile = (tl.arange(0, C)[:, None] + zero) // 16
+    p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
+    p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
     for tile in tl.range(TILES, num_stages=STAGES):
-        zero = opaque_zero()
-        i_tile = (tl.arange(0, C)[:, None] + zero) // 16
-        b_dqk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
-        b_r = tl.dot(tl.trans(b_dqk), b_right_q, input_precision=PRECISION)
-        b_dkk = tl.load(block_pointers(p_dKK, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
-        b_r = tl.dot(tl.trans(b_dkk), b_right_k, b_r, input_precision=PRECISION)
-        b_col = col_decay(sum_rows(load_matrix(p_table, tile + zero, C), b_high, b_low), ANCHOR, SAFE)
-        b_dk += b_r * b_col
-        b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k16) * b_rk[:, None]
-        b_dG -= cast(b_k * b_col, DT) * b_r
-
-    # For their rows.
-    zero = opaque_zero()
-    b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-    b_dq = tl.zeros((C, SK), dtype=tl.float32)
-    b_r = tl.zeros((C, SK), dtype=tl.float32)
-    for tile in tl.range(TILES, num_stages=STAGES):
-        zero = opaque_zero()
-        i_tile = (tl.arange(0, C)[:, None] + zero) // 16
-        b_col = col_decay(sum_rows(load_matrix(p_table, tile + zero, C), b_high, b_low), ANCHOR, SAFE)
-        b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k16) * b_rk[:, None]
+        b_col = col_decay(sum_rows(load_matrix(p_table, tile, C), b_high, b_low), ANCHOR, SAFE)
+        b_k = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k16) * b_rk[:, None]
         b_left = cast(b_k * b_col, DT)
-        b_dqk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
+        b_dqk = tl.load(p_dqk, mask=i_tile == tile, other=0.0)
+        b_dkk = tl.load(p_dkk, mask=i_tile == tile, other=0.0)
+        b_t = tl.dot(tl.trans(b_dqk), b_right_q, input_precision=PRECISION)
+        b_t = tl.dot(tl.trans(b_dkk), b_right_k, b_t, input_precision=PRECISION)
+        b_dk += b_t * b_col
+        b_dG -= b_left * b_t
         b_dq = tl.dot(b_dqk, b_left, b_dq, input_precision=PRECISION)
-        b_dkk = tl.load(block_pointers(p_dKK, i_block + zero, 0, C, C, C), mask=i_tile == tile, other=0.0)
         b_r = tl.dot(b_dkk, b_left, b_r, input_precision=PRECISION)
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
+    needs = needs_tree(b_c, ANCHOR, SAFE)
     b_row = row_decay(b_c, ANCHOR, SAFE)
     b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
     b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)
@@ -235,30 +231,25 @@ def inputs_kernel(
     b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
     b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
     b_dG += cast(b_k * b_rk[:, None] * b_row, DT) * b_r
-    b_dk += b_r * b_row
-    b_dk, b_dG = pin(b_dk), pin(b_dG)
+    b_dk, b_dG = pin(b_dk + b_r * b_row), pin(b_dG)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
-        if needs_tree(b_c, ANCHOR):
+        if needs:
             zero = opaque_zero()
-            p_dAqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
-            p_dKK = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
+            p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
+            p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
             b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-            b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
-            b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
+            b_q16 = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
+            b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
             b_dq, b_dk, b_dG = tree_gradients(
-                b_dq, b_dk, b_dG, b_q, b_k, b_rq, b_rk, b_high, b_low, b_c, p_table, p_dAqk, ANCHOR, C, DT, PRECISION
-            )
-            b_r = tl.zeros((C, SK), dtype=tl.float32)
-            b_r, b_dk, b_dG = tree_gradients(
-                b_r, b_dk, b_dG, b_k, b_k, b_rk, b_rk, b_high, b_low, b_c, p_table, p_dKK, ANCHOR, C, DT, PRECISION
-            )
-            b_dk += b_r
+                b_dq, b_dk, b_dG, b_q16, b_k16, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR, C, DT,
+                PRECISION,
+            )  # fmt: skip
             b_dq, b_dk, b_dG = pin(b_dq), pin(b_dk), pin(b_dG)
 
     # Through the state, q: S do.
     b_r = tl.zeros((C, SK), dtype=tl.float32)
+    zero = opaque_zero()
     for i_v in tl.range(WV // BV, num_stages=STAGES):
-        zero = opaque_zero()
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_do = load_rows(p_do, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
@@ -280,8 +271,8 @@ def inputs_kernel(
     b_r = tl.zeros((C, SK), dtype=tl.float32)
     b_d_col = tl.zeros((C, SK), dtype=tl.float32)
     b_S_dS = tl.zeros((SK, SK), dtype=tl.float32)
+    zero = opaque_zero()
     for i_v in tl.range(WV // BV, num_stages=STAGES):
-        zero = opaque_zero()
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_dr = load_rows(p_dr, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_r = tl.dot(b_dr, tl.trans(b_S), b_r, input_precision=PRECISION)

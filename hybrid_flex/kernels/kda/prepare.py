@@ -29,11 +29,13 @@ from .decay import (
     log2_decay,
     meets_in_tile,
     needs_tree,
+    opaque_zero,
     row_decay,
     sigmoid,
     split,
     sum_rows,
     tree_decay,
+    widen,
 )
 
 
@@ -127,34 +129,38 @@ def inverse_norm(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOC
 @triton.jit
 def pair_products(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add a slice of K's part of ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``, [C, C]; above the diagonal, nonsense."""
     TILES: tl.constexpr = C // 16
-    i_tile = tl.arange(0, C)[:, None] // 16
-    b_one = load_matrix(p_table, TILES + 9, C)
-    b_c = sum_rows(load_matrix(p_table, TILES, C), b_high, b_low)
-    b_row = row_decay(b_c, ANCHOR, SAFE)
-    b_right_k = cast(as_product(b_one, b_k) * b_row, DT)
-    b_right_q = cast(as_product(b_one, b_q) * b_row, DT)
-    for tile in tl.range(TILES, num_stages=STAGES):
-        b_x = sum_rows(load_matrix(p_table, tile, C), b_high, b_low)
-        b_k32 = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k)
-        b_left = tl.trans(cast(b_k32 * col_decay(b_x, ANCHOR, SAFE), DT))
-        b_kk = tl.dot(tl.where(i_tile == tile, b_right_k, 0.0).to(DT), b_left, b_kk, input_precision=PRECISION)
-        b_qk = tl.dot(tl.where(i_tile == tile, b_right_q, 0.0).to(DT), b_left, b_qk, input_precision=PRECISION)
+    LEVELS: tl.constexpr = 2 if C == 64 else 1 if C == 32 else 0
+    i_tile, j_tile = tl.arange(0, C)[:, None] // 16, tl.arange(0, C)[None, :] // 16
+    needs = needs_tree(b_high, ANCHOR, SAFE)
+    if ANCHOR and not SAFE:
+        needs = needs_tree(sum_rows(load_matrix(p_table, TILES, C), b_high, b_low), ANCHOR, SAFE)
+    for step in range(0 if ANCHOR else 1, LEVELS + 1):
+        b_x = sum_rows(load_matrix(p_table, tl.where(step == 0, TILES, TILES + 9 + step), C), b_high, b_low)
+        b_row = row_decay(b_x, ANCHOR, SAFE)
+        b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
+        b_k32 = widen(b_k)
+        b_left = tl.trans(cast(b_k32 * b_col, DT))
+        m_pairs = ((i_tile ^ j_tile) >= (1 << step) // 2) & ((i_tile ^ j_tile) < (1 << step))
+        b_kk += tl.where(m_pairs, tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION), 0.0)
+        b_right = cast(widen(b_q) * b_row, DT)
+        b_qk += tl.where(m_pairs, tl.dot(b_right, b_left, input_precision=PRECISION), 0.0)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
-        if needs_tree(b_c, ANCHOR):
-            for level in range(5):
+        if needs:
+            for level in tl.range(5, num_stages=1):
+                zero = opaque_zero()
+                b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
                 b_x = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
                 b_row = tree_decay(b_x, b_c, ANCHOR)
-                b_one = load_matrix(p_table, TILES + 9 + level // 8, C)
-                b_k32 = as_product(b_one, b_k)
+                b_k32 = widen(b_k)
                 b_left = tl.trans(cast(b_k32 * exp2(b_x), DT))
                 m_pairs = meets_in_tile(level, C)
                 b_product = tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION)
                 b_kk += tl.where(m_pairs, b_product, 0.0)
-                b_product = tl.dot(cast(as_product(b_one, b_q) * b_row, DT), b_left, input_precision=PRECISION)
+                b_product = tl.dot(cast(widen(b_q) * b_row, DT), b_left, input_precision=PRECISION)
                 b_qk += tl.where(m_pairs, b_product, 0.0)
     return b_qk, b_kk
 
@@ -182,7 +188,6 @@ def prepare_kernel(
     WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
     ANCHOR: tl.constexpr, SAFE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
@@ -215,22 +220,22 @@ def prepare_kernel(
             first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        b_q = load_rows(p_q, token, length, i_group, H, K, C, SK, first)
-        b_k = load_rows(p_k, token, length, i_group, H, K, C, SK, first)
-        b_qk, b_kk = pair_products(
-            b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION, STAGES
-        )
-        tl.debug_barrier()  # NOTE [Read again]
-        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + 6, C), b_high, b_low))
         b_one = load_matrix(p_table, C // 16 + 9, C)
+        b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
+        b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
+        b_qk, b_kk = pair_products(
+            b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION
+        )
+        zero = opaque_zero()
+        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + 6 + zero, C), b_high, b_low))
         i_k = first + tl.arange(0, SK)[None, :]
         tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_P, mask=i_row[:, None] == C - 1)
-        b_qg = as_product(b_one, b_q) * (b_rq * scale)[:, None] * b_P
-        tl.store(block_pointers(p_qg, i_block, i_s, C, BK, SK), cast(b_qg, DT))
-        b_k32 = as_product(b_one, b_k) * b_rk[:, None]
-        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
-        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + 7, C), b_high, b_low))
-        tl.store(block_pointers(p_kg, i_block, i_s, C, BK, SK), cast(b_k32 * b_E, DT))
+        b_qg = widen(b_q) * (b_rq * scale)[:, None] * b_P
+        tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
+        b_k32 = widen(b_k) * b_rk[:, None]
+        tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
+        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + 7 + zero, C), b_high, b_low))
+        tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_E, DT))
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
     i, j = i_row[:, None], i_row[None, :]
