@@ -174,14 +174,13 @@ def _scan_arguments(plan: _Plan) -> tuple[list[Any], dict[str, Any], tuple[int, 
 
 def _scan(
     plan: _Plan, work: _Workspace, initial: Tensor | None, state_v_first: bool, o: Tensor | None, final: Tensor | None,
-    states: Tensor | None,
+    states: Tensor | None, y: Tensor | None,
 ) -> None:  # fmt: skip
-    """Run the scan forward; with ``states`` it also replaces u by y."""
+    """Run the scan forward, and leave the states and y where there is room for them."""
     positional, keywords, grid = _scan_arguments(plan)
     launchable(scan_kernel)[grid](
-        work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength, *_or_q(plan, initial, o, final, states),
-        work.u,
-        *positional, **keywords, HAS_INITIAL=initial is not None, V_FIRST=state_v_first, WRITE_O=o is not None,
+        work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength,
+        *_or_q(plan, initial, o, final, states, y), *positional, **keywords, HAS_INITIAL=initial is not None, V_FIRST=state_v_first, WRITE_O=o is not None,
         WRITE_FINAL=final is not None, WRITE_STATES=states is not None,
     )  # fmt: skip
 
@@ -198,7 +197,7 @@ def forward(
     final = torch.empty((plan.num_sequences, HV, *dims), dtype=torch.float32, device=raw.q.device)
     initial_state = None if initial_state is None else initial_state.contiguous()
     work = _prepare(plan, scale, for_backward=False)
-    _scan(plan, work, initial_state, state_v_first, o, final, None)
+    _scan(plan, work, initial_state, state_v_first, o, final, None, None)
     return o, final
 
 
@@ -217,8 +216,9 @@ def backward(
 
     work = _prepare(plan, scale, for_backward=True)
     states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
-    _scan(plan, work, initial_state, state_v_first, None, None, states)
-    y = work.u
+    y = torch.empty_like(work.u)
+    _scan(plan, work, initial_state, state_v_first, None, None, states, y)
+    work = work._replace(u=y)  # u's memory serves what follows
 
     d_states, dv_new = torch.empty_like(states), torch.empty_like(y)
     d_initial = raw.q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
@@ -248,7 +248,7 @@ def backward(
     launchable(inputs_kernel)[(blocks, BK // SLICE)](
         d_o, raw.q, raw.k, raw.g, dv, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan), plan.table,
         total, strength, norms, high, low, states, d_states, y, dAqk, dKK, along, dq, dk, dg, d_slope, d_bias,
-        scale, raw.lower_bound or 0.0, T, NT, **_only(inputs_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,
+        scale, raw.lower_bound or 0.0, T, NT, **_only(inputs_kernel, keywords), num_warps=4, num_stages=1,
     )  # fmt: skip
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))

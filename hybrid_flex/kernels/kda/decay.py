@@ -219,7 +219,7 @@ def split(b_x, DT: tl.constexpr):
 def load_matrix(p_table, index, C: tl.constexpr):
     """Load a matrix [C, C] of the table."""
     i_row, i_col = tl.arange(0, C)[:, None].to(tl.int64), tl.arange(0, C)[None, :]
-    return tl.load(p_table + index * (C * C) + i_row * C + i_col)
+    return tl.load(p_table + index * (C * C) + i_row * C + i_col, eviction_policy="evict_last")
 
 
 @triton.jit

@@ -24,6 +24,8 @@ from torch import Tensor
 from hybrid_flex.kernels.launch import launchable
 from hybrid_flex.kernels.masks import mask_if
 
+from .decay import sigmoid, softplus
+
 # NOTE [Decode tiles]
 # One token per sequence moves 2 * 4 * K * V bytes of state per head for 8 * K * V operations: only the bytes count.  A
 # program keeps a slice [BK, BV] of one state in registers.  Columns are independent of each other, so V is sliced and
@@ -50,18 +52,6 @@ def _load(p, m, FULL: tl.constexpr):
 def _sums_over_K(b_x, b_y):
     """Sum two tiles over their first dimension together, with one way through shared memory instead of two."""
     return tl.split(tl.sum(tl.join(b_x, b_y), 0))
-
-
-@triton.jit
-def _sigmoid(b):
-    """Return 1 / (1 + exp(-b)); an exponential that overflows gives the right limit, 0."""
-    return 1.0 / (1.0 + tl.exp(-b))
-
-
-@triton.jit
-def _softplus(b):
-    """Return log(1 + exp(b)), in the form in which nothing overflows."""
-    return tl.maximum(b, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(b)))
 
 
 @triton.jit
@@ -194,11 +184,11 @@ def kda_decode_kernel(
             if DT_BIAS:
                 b_g += b_bias
             if LOWER_BOUND:
-                b_g = lower_bound * _sigmoid(slope * b_g)
+                b_g = lower_bound * sigmoid(slope * b_g)
             else:
-                b_g = -slope * _softplus(b_g)
+                b_g = -slope * softplus(b_g)
         if SIGMOID:
-            beta = _sigmoid(beta)
+            beta = sigmoid(beta)
             if NEG_EIGVAL:
                 beta *= 2.0
         b_S *= tl.exp(b_g)[:, None]

@@ -127,7 +127,7 @@ def tree_gradients(
 ):  # fmt: skip
     """Add what pairs in the tree inside tiles give to q, k and dG: NOTE [Tile anchor]."""
     TILES: tl.constexpr = C // 16
-    for level in tl.range(5, num_stages=1):
+    for level in range(5):
         zero = opaque_zero()
         b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
         b_x = sum_rows(load_matrix(p_table, TILES + 1 + level + zero, C), b_high, b_low)
@@ -159,7 +159,7 @@ def inputs_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the raw q, k and g, a slice of K of one chunk of one value head.
 
@@ -207,7 +207,7 @@ def inputs_kernel(
     p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-    for tile in tl.range(TILES, num_stages=STAGES):
+    for tile in range(TILES):
         b_col = col_decay(sum_rows(load_matrix(p_table, tile, C), b_high, b_low), ANCHOR, SAFE)
         b_k = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k16) * b_rk[:, None]
         b_left = cast(b_k * b_col, DT)
@@ -249,7 +249,7 @@ def inputs_kernel(
     # Through the state, q: S do.
     b_r = tl.zeros((C, SK), dtype=tl.float32)
     zero = opaque_zero()
-    for i_v in tl.range(WV // BV, num_stages=STAGES):
+    for i_v in range(WV // BV):
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_do = load_rows(p_do, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
@@ -272,7 +272,7 @@ def inputs_kernel(
     b_d_col = tl.zeros((C, SK), dtype=tl.float32)
     b_S_dS = tl.zeros((SK, SK), dtype=tl.float32)
     zero = opaque_zero()
-    for i_v in tl.range(WV // BV, num_stages=STAGES):
+    for i_v in range(WV // BV):
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_dr = load_rows(p_dr, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_r = tl.dot(b_dr, tl.trans(b_S), b_r, input_precision=PRECISION)

@@ -150,7 +150,7 @@ def pair_products(
         b_qk += tl.where(m_pairs, tl.dot(b_right, b_left, input_precision=PRECISION), 0.0)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
         if needs:
-            for level in tl.range(5, num_stages=1):
+            for level in range(5):
                 zero = opaque_zero()
                 b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
                 b_x = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
