@@ -342,7 +342,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument(
         "--first-call", nargs="?", choices=(OURS, PEER, "both"), const=OURS, help="see NOTE [First call]; default: ours"
     )
-    parser.add_argument("--commit", help="what to write down where the checkout has no history")
+    parser.add_argument("--commit", help="what to write down instead of what git says of this checkout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--measure-first-call", choices=(OURS, PEER), help=argparse.SUPPRESS)
@@ -367,8 +367,7 @@ def main() -> None:
         except Exception as error:  # importing it may already fail for want of a driver
             progress(f"fla is left out, {describe_error(error)}")
     what = versions(**package_versions())
-    if what["commit"] == "unknown" and options.commit:
-        what["commit"] = options.commit
+    what["commit"] = options.commit or what["commit"]
     report: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "profiles/kda.py", *arguments_without_out()]),

@@ -84,7 +84,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
 def _anchor(raw: Any) -> dict[str, bool]:
     """Tell whether a tile of 16 rows may take one anchor, and whether it always does: NOTE [Tile anchor]."""
     anchor = raw.q.dtype == torch.bfloat16
-    return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -5}
+    return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7}
 
 
 class _Workspace(NamedTuple):

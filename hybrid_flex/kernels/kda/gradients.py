@@ -222,7 +222,8 @@ def inputs_kernel(
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
-    needs = needs_tree(b_c, ANCHOR, SAFE)
+    if not SAFE:
+        needs = needs_tree(b_c, ANCHOR)
     b_row = row_decay(b_c, ANCHOR, SAFE)
     b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
     b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)

@@ -131,13 +131,15 @@ def pair_products(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a slice of K's part of ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``, [C, C]; above the diagonal, nonsense."""
+    """Add a slice of K's part of ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``, [C, C]; above the diagonal, nonsense.
+
+    Step 0 is the tile anchor, step l + 1 the level of blocks of 16 * 2^l rows: NOTE [Levels] in decay.py.
+    """
     TILES: tl.constexpr = C // 16
     LEVELS: tl.constexpr = 2 if C == 64 else 1 if C == 32 else 0
     i_tile, j_tile = tl.arange(0, C)[:, None] // 16, tl.arange(0, C)[None, :] // 16
-    needs = needs_tree(b_high, ANCHOR, SAFE)
-    if ANCHOR and not SAFE:
-        needs = needs_tree(sum_rows(load_matrix(p_table, TILES, C), b_high, b_low), ANCHOR, SAFE)
+    if not SAFE:
+        needs = needs_tree(sum_rows(load_matrix(p_table, TILES, C), b_high, b_low), ANCHOR)
     for step in range(0 if ANCHOR else 1, LEVELS + 1):
         b_x = sum_rows(load_matrix(p_table, tl.where(step == 0, TILES, TILES + 9 + step), C), b_high, b_low)
         b_row = row_decay(b_x, ANCHOR, SAFE)

@@ -43,8 +43,8 @@ CHUNK_SIZES = (16, 32, 64)
 
 # NOTE [Traced on CUDA]
 # A graph that is traced for a CUDA device holds the plain form of these two operators, not yet their kernels: with a
-# dynamic length, Inductor of torch 2.11 stopped with an internal error on the scan kernel (an assertion in
-# replace_by_example, which traces a kernel's replacement twice and found graphs of different sizes).
+# dynamic length Inductor of torch 2.11 stops with an internal error (an assertion in replace_by_example, which traces a
+# kernel's replacement twice and finds graphs of different sizes), also when no tensor is passed twice to one kernel.
 
 
 class _Chunks(NamedTuple):

@@ -89,6 +89,24 @@ def test_equals_the_float64_form(case: str, dtype: torch.dtype, device: str) -> 
     assert not [name for name in want if not errors[name] < budgets[name]], errors
 
 
+@pytest.mark.parametrize("case", ["lower bound", "softplus", "resets"])
+def test_tile_anchor(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of bfloat16 through a tile of 16 rows, in float32: with and without rows that must take the tree."""
+    from hybrid_flex.kernels.kda import chunk
+
+    x = make(1, 70, 1, 2, 80, 24, 1, case != "resets", torch.float32)
+    options = {**RAW, "lower_bound": -5.0} if case == "lower bound" else RAW if case == "softplus" else {}
+    if case == "resets":
+        x["g"][:, ::5] = -1000.0
+        x["g"][:, 7::9, :, ::3] *= 20
+    anchor = {"ANCHOR": True, "SAFE": case == "lower bound"}
+    monkeypatch.setattr(chunk, "_anchor", lambda raw: anchor)
+    got, want = both(x, device, options, None, False, 64)
+    # Behind a reset the initial state has no gradient at all.
+    errors = {n: ((got[n].double() - want[n]).norm() / want[n].norm().clamp(min=1e-3)).item() for n in want}
+    assert not [name for name in want if not errors[name] < 5e-5], errors
+
+
 def test_behind_the_operator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through dispatch and autograd, which also refuse outputs that share memory; no gate, so some are empty."""
     from hybrid_flex.ops.kda import chunk as operator
