@@ -75,3 +75,8 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch_size: int, num_tokens: i
     check(values[0] == 0, op, "cu_seqlens", "start at 0", values[0])
     check(all(a <= b for a, b in itertools.pairwise(values)), op, "cu_seqlens", "never decrease", values)
     check(values[-1] == num_tokens, op, "cu_seqlens", f"end at T = {num_tokens}", values[-1])
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from hybrid_flex.checks import is_plain
+
 Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
 
 
@@ -66,11 +68,6 @@ def _size_witnesses(sources: Iterable[Tensor | None]) -> tuple[torch.SymInt | Te
 
 def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _find_scan_op() -> Callable[..., tuple[Tensor, ...]] | None:

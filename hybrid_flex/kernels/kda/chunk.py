@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable
-from hybrid_flex.ops.chunk_scan import is_plain
+from hybrid_flex.kernels.launch import launchable, on_its_device
 
 from .decay import exponent_table
 from .gradients import inputs_kernel, triangle_kernel
@@ -77,7 +76,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
         "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
     }
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
-    table = exponent_table(C, raw.q.dtype, raw.q.device, cached=is_plain(raw.q))
+    table = exponent_table(C, raw.q)
     return _Plan(raw, cu_seqlens, places, table, N, num_chunks, NT, sizes, gate)
 
 
@@ -185,6 +184,7 @@ def _scan(
     )  # fmt: skip
 
 
+@on_its_device
 def forward(
     raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, state_v_first: bool,
     chunk_size: int,
@@ -201,6 +201,7 @@ def forward(
     return o, final
 
 
+@on_its_device
 def backward(
     d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, state_v_first: bool, chunk_size: int,

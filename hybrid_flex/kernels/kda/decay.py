@@ -55,6 +55,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from hybrid_flex.checks import is_plain
+
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
@@ -78,17 +80,17 @@ def _exponent_table(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 _cached_exponent_table = functools.lru_cache(maxsize=None)(_exponent_table)
 
 
-def exponent_table(C: int, dtype: torch.dtype, device: torch.device, cached: bool) -> Tensor:
-    """Return the matrices that sum log decays into exponents, ``[C / 16 + 10 + L, C, C]``, of zeros, ones and minus ones.
+def exponent_table(C: int, like: Tensor) -> Tensor:
+    """Return the matrices that sum log decays into exponents, ``[C / 16 + 10 + L, C, C]``, of zeros, ones, minus ones.
 
     In this order: columns for each row tile and rows for all (NOTE [Row tiles]); diagonal and levels 0 to 3 (NOTE [Tile
     anchor]); the sums from the chunk's start through each row, after each row to its end, from each row to its end;
-    one; and levels 4 and 5 (NOTE [Levels]).
-
-    Args:
-        cached: whether the table of an earlier call may be returned; not while a graph is traced.
+    one; and levels 4 and 5 (NOTE [Levels]).  They have the dtype and device of ``like``.
     """
-    return (_cached_exponent_table if cached else _exponent_table)(C, dtype, device)
+    # A graph that is traced or captured makes its own: it would own the memory of one that others use.
+    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    make = _cached_exponent_table if is_plain(like) and not is_captured else _exponent_table
+    return make(C, like.dtype, like.device)
 
 
 @triton.jit
@@ -147,9 +149,7 @@ def pin(b_x):
     if INTERPRETED:
         return b_x
     else:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=False, pack=1
-        )
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -163,7 +163,9 @@ def softplus(x):
     """Return log(1 + exp(x)), without overflow and with float32's digits for large negative x."""
     e = exp2(-1.4426950408889634 * tl.abs(x))
     # log(1 + e) loses the digits of a small e; its series does not.
-    return tl.maximum(x, 0.0) + tl.where(e < 2e-2, e * (1.0 - e * (0.5 - e * 0.3333333)), 0.6931471805599453 * log2(1.0 + e))
+    return tl.maximum(x, 0.0) + tl.where(
+        e < 2e-2, e * (1.0 - e * (0.5 - e * 0.3333333)), 0.6931471805599453 * log2(1.0 + e)
+    )
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.launch import launchable, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 from .decay import sigmoid, softplus
@@ -225,6 +225,7 @@ def tile_sizes(num_states: int, K: int, V: int) -> tuple[int, int, int]:
     return BK, BV, min(MAX_WARPS, max(1, BK * BV // (32 * ELEMENTS_PER_THREAD)))
 
 
+@on_its_device
 def launch_decode(
     q: Tensor,
     k: Tensor,

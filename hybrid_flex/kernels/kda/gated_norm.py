@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.launch import launchable, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 # Elements of a tile and of a thread, see NOTE [Row tiles].  Rows longer than a tile get more threads.
@@ -102,6 +102,7 @@ def _rows(x: Tensor):
     return number
 
 
+@on_its_device
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
     """Compute y [..., D]."""
     x, gate, weight = x.contiguous(), gate.contiguous(), weight.contiguous()
@@ -113,6 +114,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     return y
 
 
+@on_its_device
 def gated_rms_norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -225,9 +225,7 @@ def prepare_kernel(
         b_one = load_matrix(p_table, C // 16 + 9, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
         b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
-        b_qk, b_kk = pair_products(
-            b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION
-        )
+        b_qk, b_kk = pair_products(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
         zero = opaque_zero()
         b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + 6 + zero, C), b_high, b_low))
         i_k = first + tl.arange(0, SK)[None, :]

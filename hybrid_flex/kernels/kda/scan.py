@@ -58,9 +58,10 @@ def state_pointers(p_x, i_block, i_k, i_v, BK: tl.constexpr, WV: tl.constexpr, S
 @triton.jit(do_not_specialize=["T", "NT"])
 def scan_kernel(
     p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_initial, p_o, p_final, p_states, p_y, p_cu_seqlens,
-    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
-    BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, WRITE_O: tl.constexpr,
-    WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
+    WRITE_O: tl.constexpr, WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
@@ -98,9 +99,9 @@ def scan_kernel(
 @triton.jit(do_not_specialize=["T", "NT"])
 def scan_backward_kernel(
     p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
-    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr,
-    BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state of one sequence and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable
+from hybrid_flex.kernels.launch import launchable, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 NUM_WARPS = 2
@@ -342,6 +342,7 @@ def _constants(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, sil
     }  # fmt: skip
 
 
+@on_its_device
 def short_conv(
     x: Tensor,
     weight: Tensor,
@@ -375,6 +376,7 @@ def short_conv(
     return y, final_state
 
 
+@on_its_device
 def short_conv_backward(
     dy: Tensor,
     d_final_state: Tensor | None,

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_flex.checks import check_choice
-from hybrid_flex.ops.chunk_scan import chunk_scan, is_plain
+from hybrid_flex.checks import check_choice, is_plain
+from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import has_kernels
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
