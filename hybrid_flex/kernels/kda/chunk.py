@@ -179,8 +179,8 @@ def _scan(
     positional, keywords, grid = _scan_arguments(plan)
     launchable(scan_kernel)[grid](
         work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength,
-        *_or_q(plan, initial, o, final, states, y), *positional, **keywords, HAS_INITIAL=initial is not None, V_FIRST=state_v_first, WRITE_O=o is not None,
-        WRITE_FINAL=final is not None, WRITE_STATES=states is not None,
+        *_or_q(plan, initial, o, final, states, y), *positional, **keywords, HAS_INITIAL=initial is not None,
+        V_FIRST=state_v_first, WRITE_O=o is not None, WRITE_FINAL=final is not None, WRITE_STATES=states is not None,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ def inputs_kernel(
     b_dk = tl.zeros((C, SK), dtype=tl.float32)
     b_dG = tl.zeros((C, SK), dtype=tl.float32)
     zero = opaque_zero()
-    i_tile = (tl.arange(0, C)[:, None] + zero) // 16
+    i_tile, j_tile = (tl.arange(0, C)[:, None] + zero) // 16, tl.arange(0, C)[None, :] // 16
     p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
     p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
@@ -211,8 +211,11 @@ def inputs_kernel(
         b_col = col_decay(sum_rows(load_matrix(p_table, tile, C), b_high, b_low), ANCHOR, SAFE)
         b_k = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k16) * b_rk[:, None]
         b_left = cast(b_k * b_col, DT)
-        b_dqk = tl.load(p_dqk, mask=i_tile == tile, other=0.0)
-        b_dkk = tl.load(p_dkk, mask=i_tile == tile, other=0.0)
+        m_pairs = i_tile == tile
+        if not ANCHOR:  # pairs inside the tile are the tree's
+            m_pairs = m_pairs & (j_tile < tile)
+        b_dqk = tl.load(p_dqk, mask=m_pairs, other=0.0)
+        b_dkk = tl.load(p_dkk, mask=m_pairs, other=0.0)
         b_t = tl.dot(tl.trans(b_dqk), b_right_q, input_precision=PRECISION)
         b_t = tl.dot(tl.trans(b_dkk), b_right_k, b_t, input_precision=PRECISION)
         b_dk += b_t * b_col

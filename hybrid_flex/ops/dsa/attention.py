@@ -29,6 +29,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
+from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.indexer import accumulate_dtype
 from hybrid_flex.ops.dsa.reference import reference_attention
 
@@ -132,6 +133,7 @@ def _blocks(indices: Tensor, span: int, itemsize: int) -> Iterator[tuple[slice, 
 
 
 @torch.library.custom_op("hybrid_flex::sparse_attention_gather", mutates_args=())
+@in_its_own_precision
 def _gather_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch_size, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads, value_width = v.shape[1:]
@@ -175,6 +177,7 @@ def gather_lse(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Tensor:
 
 
 @torch.library.custom_op("hybrid_flex::sparse_attention_backward", mutates_args=())
+@in_its_own_precision
 def _backward(
     do: Tensor,
     dlse: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from hybrid_flex.checks import FLOATING, INTEGER, check, check_dtype, check_rank
+from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.indexer import select_topk
 
 
@@ -28,6 +29,7 @@ def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("hybrid_flex::pack_selection", mutates_args=())
+@in_its_own_precision
 def _pack_selection(
     indices: Tensor, kv_len: int, q_block: int, kv_block: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -108,6 +110,7 @@ def topk_block_mask(indices: Tensor, kv_len: int, block_size: int = 128) -> Bloc
 
 
 @torch.library.custom_op("hybrid_flex::select_blocks", mutates_args=())
+@in_its_own_precision
 def _select_blocks(
     scores: Tensor, topk_blocks: int, q_len: int, kv_len: int, block_size: int, causal: bool, query_start: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

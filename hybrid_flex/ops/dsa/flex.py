@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.attention import (
     accumulate_dtype,
     backward,
@@ -61,6 +62,7 @@ def _bucket(length: int) -> int:
 
 
 @torch.library.custom_op("hybrid_flex::sparse_attention_flex", mutates_args=())
+@in_its_own_precision
 def _flex_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch_size, num_queries, num_heads, _ = q.shape
     num_keys, value_width = v.shape[1], v.shape[3]

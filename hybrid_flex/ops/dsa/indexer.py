@@ -22,6 +22,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
+from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
 # NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on
@@ -147,6 +148,7 @@ def _lowest(keep: Tensor, topk: int) -> Tensor:
 
 
 @torch.library.custom_op("hybrid_flex::lightning_topk", mutates_args=())
+@in_its_own_precision
 def _lightning_topk(
     q_idx: Tensor,
     k_idx: Tensor,

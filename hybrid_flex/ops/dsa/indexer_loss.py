@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import INTEGER, check, check_device, check_dtype, check_shape
+from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.attention import check_attention
 from hybrid_flex.ops.dsa.indexer import (
     accumulate_dtype,
@@ -138,6 +139,7 @@ def _ranges(
 
 
 @torch.library.custom_op("hybrid_flex::indexer_kl_loss", mutates_args=())
+@in_its_own_precision
 def _forward(
     q_idx: Tensor,
     k_idx: Tensor,
@@ -183,6 +185,7 @@ def _(q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, *others: object) -> tu
 
 
 @torch.library.custom_op("hybrid_flex::indexer_kl_loss_backward", mutates_args=())
+@in_its_own_precision
 def _backward(
     grad: Tensor,
     q_idx: Tensor,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hybrid_flex.checks import check_choice, is_plain
 from hybrid_flex.ops.chunk_scan import chunk_scan
-from hybrid_flex.ops.dispatch import has_kernels
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
 from .inputs import (
@@ -153,6 +153,7 @@ def chunk_kda(
 
 
 @torch.library.triton_op("hybrid_flex::chunk_kda", mutates_args=())
+@in_its_own_precision
 def _chunk_kda(
     q: Tensor,
     k: Tensor,
@@ -201,6 +202,7 @@ _chunk_kda.register_fake(fake)
 
 
 @torch.library.triton_op("hybrid_flex::chunk_kda_backward", mutates_args=())
+@in_its_own_precision
 def _chunk_kda_backward(
     d_o: Tensor,
     d_final: Tensor,

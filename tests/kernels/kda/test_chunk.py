@@ -107,6 +107,17 @@ def test_tile_anchor(case: str, device: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not [name for name in want if not errors[name] < 5e-5], errors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_without_decay(dtype: torch.dtype, device: str) -> None:
+    """Log decays of exactly zero, everywhere or in some tiles and channels, count no pair twice."""
+    x = make(1, 70, 1, 1, 16, 16, 1, False, dtype)
+    x["g"][:, :20] = 0.0
+    x["g"][:, 20:, :, ::2] = 0.0
+    got, want = both(x, device, {}, None, False, 64)
+    errors = {name: ((got[name].double() - want[name]).norm() / want[name].norm()).item() for name in want}
+    assert not [name for name in want if not errors[name] < (2e-5 if dtype == torch.float32 else 4e-3)], errors
+
+
 def test_behind_the_operator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through dispatch and autograd, which also refuse outputs that share memory; no gate, so some are empty."""
     from hybrid_flex.ops.kda import chunk as operator
