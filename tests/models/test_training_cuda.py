@@ -14,9 +14,10 @@ CONFIG = HybridConfig(vocab_size=64, hidden_size=64, pattern="KKKK", num_heads=2
 
 
 def batch(step: int) -> Tensor:
-    """Draw sequences that repeat a random half: the model has to learn to look back."""
-    half = torch.randint(64, (8, 24), generator=torch.Generator().manual_seed(step))
-    return torch.cat((half, half), 1)
+    """Draw sequences that count, modulo 64, by a stride that the model has to find out."""
+    generator = torch.Generator().manual_seed(step)
+    start, stride = torch.randint(64, (8, 1), generator=generator), torch.randint(1, 5, (8, 1), generator=generator)
+    return (start + stride * torch.arange(48)) % 64
 
 
 def losses(device: str, dtype: torch.dtype, num_steps: int) -> Tensor:
@@ -38,10 +39,10 @@ def losses(device: str, dtype: torch.dtype, num_steps: int) -> Tensor:
 
 
 def check_curves(low: Tensor, full: Tensor) -> None:
-    """Compare means of ten steps: single steps differ by rounding that training amplifies."""
+    """Compare means of ten steps, to 3 % and to 0.03, by which neighbouring means of one curve differ at its end."""
     low, full = (curve.unflatten(0, (-1, 10)).mean(1) for curve in (low, full))
     assert full[-1] < full[0] - 0.3, "the reference has not learned anything"
-    assert ((low - full).abs() < 0.03 * full).all(), f"{low}\n{full}"
+    assert ((low - full).abs() < 0.03 * full + 0.03).all(), f"{low}\n{full}"
 
 
 @pytest.mark.gpu

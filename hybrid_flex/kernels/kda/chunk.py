@@ -49,7 +49,8 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     BK, WV = max(SLICE, triton.next_power_of_2(K)), max(SLICE, triton.next_power_of_2(V))
     # Shared memory and registers of one block of threads hold this many rows; the result is the same function.
     row_bytes = max(BK, WV) * raw.q.element_size()
-    C = min(chunk_size, 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16)
+    largest = 16 if row_bytes > 512 else 32 if row_bytes > 256 or raw.q.element_size() > 2 else 64
+    C = min(chunk_size, largest)
     raw = raw._replace(
         **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
         A_log=None if raw.A_log is None else raw.A_log.contiguous(),
