@@ -59,6 +59,11 @@ from hybrid_flex.checks import is_plain
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
+# Where matrices of the table stand after those for row tiles: `exponent_table`.
+ROWS, TREE = tl.constexpr(0), tl.constexpr(1)
+FROM_START, TO_END, FROM_ROW = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+ONE = tl.constexpr(9)
+
 
 def _exponent_table(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     i, j = torch.arange(C, device=device)[:, None], torch.arange(C, device=device)[None, :]
@@ -94,36 +99,27 @@ def exponent_table(C: int, like: Tensor) -> Tensor:
 
 
 @triton.jit
+def instruct(x, TEXT: tl.constexpr):
+    """Return what one instruction, without side effects, makes of float32 x."""
+    return tl.inline_asm_elementwise(TEXT, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2(x):
     """Return 2^x, with zero for results below 2^-126; one instruction, which Triton's own exp2 wraps in three."""
-    if INTERPRETED:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+    return tl.exp2(x) if INTERPRETED else instruct(x, "ex2.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
 def reciprocal(x):
     """Return 1 / x to the last digit but one of float32."""
-    if INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+    return 1.0 / x if INTERPRETED else instruct(x, "rcp.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
 def log2(x):
     """Return the binary logarithm of x, one of float32's normal numbers, to 2^-22 of the result or of one."""
-    if INTERPRETED:
-        return tl.log2(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+    return tl.log2(x) if INTERPRETED else instruct(x, "lg2.approx.ftz.f32 $0, $1;")
 
 
 @triton.jit
@@ -255,13 +251,13 @@ def as_product(b_one, b_x):
 
 
 @triton.jit
-def meets_in_tile(level, C: tl.constexpr):
-    """Return [C, C], whether rows i >= j meet on the diagonal, 0, or in level ``level - 1`` of the tree in a tile.
+def meets(step, C: tl.constexpr, UNIT: tl.constexpr):
+    """Return [C, C], whether rows i >= j meet in a unit of UNIT rows, 0, or in neighbouring blocks of 2^(step-1) units.
 
     What it says of i < j means nothing.
     """
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return ((i ^ j) >= (1 << level) // 2) & ((i ^ j) < (1 << level))
+    i, j = tl.arange(0, C)[:, None] // UNIT, tl.arange(0, C)[None, :] // UNIT
+    return ((i ^ j) >= (1 << step) // 2) & ((i ^ j) < (1 << step))
 
 
 @triton.jit

@@ -35,12 +35,18 @@ import triton
 import triton.language as tl
 
 from .decay import (
+    FROM_ROW,
+    FROM_START,
+    ONE,
+    ROWS,
+    TO_END,
+    TREE,
     as_product,
     cast,
     col_decay,
     exp2,
     load_matrix,
-    meets_in_tile,
+    meets,
     needs_tree,
     opaque_zero,
     pin,
@@ -121,27 +127,36 @@ def load_parts(p_high, p_low, i_block, i_s, C: tl.constexpr, BK: tl.constexpr, S
 
 
 @triton.jit
+def load_product(
+    p_table, p_x, token, length, i_head, HEADS, WIDTH, first, zero, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Load ``[C, BLOCK]`` of x [tokens, HEADS, WIDTH] in float32, laid out as products are; the phase's zero added."""
+    b_one = load_matrix(p_table, C // 16 + ONE + zero, C)
+    return as_product(b_one, load_rows(p_x, token + zero, length, i_head, HEADS, WIDTH, C, BLOCK, first))
+
+
+@triton.jit
 def tree_gradients(
     b_dq, b_dk, b_dG, b_q, b_k, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR: tl.constexpr,
     C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs in the tree inside tiles give to q, k and dG: NOTE [Tile anchor]."""
     TILES: tl.constexpr = C // 16
-    for level in range(5):
+    for step in range(5):
         zero = opaque_zero()
-        b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
-        b_x = sum_rows(load_matrix(p_table, TILES + 1 + level + zero, C), b_high, b_low)
+        b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
+        b_x = sum_rows(load_matrix(p_table, TILES + TREE + step + zero, C), b_high, b_low)
         b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
-        b_one = load_matrix(p_table, TILES + 9 + zero, C)
+        b_one = load_matrix(p_table, TILES + ONE + zero, C)
         b_k32 = as_product(b_one, b_k) * b_rk[:, None]
         b_left, b_right = cast(b_k32 * b_col, DT), cast(b_k32 * b_row, DT)
-        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dkk), 0.0).to(DT)
+        b_dxk = tl.where(meets(step, C, 1), tl.load(p_dkk), 0.0).to(DT)
         b_r = tl.dot(b_dxk, b_left, input_precision=PRECISION)
         b_dk += b_r * b_row
         b_dG += b_right * b_r
         b_t = tl.dot(tl.trans(b_dxk), b_right, input_precision=PRECISION)
         b_right = cast(as_product(b_one, b_q) * b_rq[:, None] * b_row, DT)
-        b_dxk = tl.where(meets_in_tile(level, C), tl.load(p_dqk), 0.0).to(DT)
+        b_dxk = tl.where(meets(step, C, 1), tl.load(p_dqk), 0.0).to(DT)
         b_r = tl.dot(b_dxk, b_left, input_precision=PRECISION)
         b_dq += b_r * b_row
         b_dG += b_right * b_r
@@ -190,12 +205,10 @@ def inputs_kernel(
     # Pairs: NOTE [Row tiles], NOTE [Pairs cancel].
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_row = row_decay(sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low), ANCHOR, SAFE)
-    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
-    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)
+    b_row = row_decay(sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low), ANCHOR, SAFE)
+    b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK)
     b_right_q = cast(b_q * b_rq[:, None] * b_row, DT)
-    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
+    b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK)
     b_right_k = cast(b_k * b_rk[:, None] * b_row, DT)
     b_dq = tl.zeros((C, SK), dtype=tl.float32)
     b_r = tl.zeros((C, SK), dtype=tl.float32)
@@ -209,7 +222,8 @@ def inputs_kernel(
     b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
     for tile in range(TILES):
         b_col = col_decay(sum_rows(load_matrix(p_table, tile, C), b_high, b_low), ANCHOR, SAFE)
-        b_k = as_product(load_matrix(p_table, TILES + 9 + tile // 8, C), b_k16) * b_rk[:, None]
+        # tile // 8 is zero, but not before the loop: there the product would be taken to stay in registers.
+        b_k = as_product(load_matrix(p_table, TILES + ONE + tile // 8, C), b_k16) * b_rk[:, None]
         b_left = cast(b_k * b_col, DT)
         m_pairs = i_tile == tile
         if not ANCHOR:  # pairs inside the tile are the tree's
@@ -224,16 +238,14 @@ def inputs_kernel(
         b_r = tl.dot(b_dkk, b_left, b_r, input_precision=PRECISION)
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
+    b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
     if not SAFE:
         needs = needs_tree(b_c, ANCHOR)
     b_row = row_decay(b_c, ANCHOR, SAFE)
-    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
-    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q)
+    b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK)
     b_dG += cast(b_q * b_rq[:, None] * b_row, DT) * b_dq
     b_dq, b_dG = pin(b_dq * b_row), pin(b_dG)
-    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k)
+    b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK)
     b_dG += cast(b_k * b_rk[:, None] * b_row, DT) * b_r
     b_dk, b_dG = pin(b_dk + b_r * b_row), pin(b_dG)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
@@ -259,9 +271,8 @@ def inputs_kernel(
         b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
     zero = opaque_zero()
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + 6 + zero, C), b_high, b_low)))
-    b_q = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
-    b_q = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_q) * b_rq[:, None]
+    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)))
+    b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK) * b_rq[:, None]
     b_dG += b_q * b_r
     b_dq = scale * (b_dq + b_r)
     if L2NORM:  # the norm removes the component along q
@@ -289,11 +300,10 @@ def inputs_kernel(
     b_d_total = tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 0)
     b_d_total *= tl.load(p_total + i_block * BK + first + i_k)
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + 6 + zero, C), b_high, b_low)))
-    b_E = exp2(sum_rows(load_matrix(p_table, TILES + 7 + zero, C), b_high, b_low))
+    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)))
+    b_E = exp2(sum_rows(load_matrix(p_table, TILES + TO_END + zero, C), b_high, b_low))
     b_d_col = pin(b_d_col * b_E * tl.load(p_strength + (i_block + zero) * C + i_token)[:, None])
-    b_k = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-    b_k = as_product(load_matrix(p_table, TILES + 9 + zero, C), b_k) * b_rk[:, None]
+    b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
     b_dG -= b_k * (b_r + b_d_col)
     b_d_total += tl.sum(b_k * b_d_col, 0)
     b_dk += b_d_col - b_r
@@ -307,7 +317,7 @@ def inputs_kernel(
     zero = opaque_zero()
     i_k = first + zero + tl.arange(0, SK)
     b_high, b_low = split(b_dG, DT)
-    b_dg = sum_rows(load_matrix(p_table, TILES + 8 + zero, C), b_high, b_low) + b_d_total[None, :]
+    b_dg = sum_rows(load_matrix(p_table, TILES + FROM_ROW + zero, C), b_high, b_low) + b_d_total[None, :]
     if GATE:
         b_z, slope, _ = load_gate(
             p_g, p_A_log, p_dt_bias, lower_bound, token + zero, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,

@@ -21,13 +21,18 @@ import triton
 import triton.language as tl
 
 from .decay import (
+    FROM_START,
+    ONE,
+    ROWS,
+    TO_END,
+    TREE,
     as_product,
     cast,
     col_decay,
     exp2,
     load_matrix,
     log2_decay,
-    meets_in_tile,
+    meets,
     needs_tree,
     opaque_zero,
     row_decay,
@@ -127,6 +132,19 @@ def inverse_norm(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOC
 
 
 @triton.jit
+def step_products(
+    b_qk, b_kk, b_q, b_k, b_row, b_col, m_pairs, DT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add the pairs of one step, by its factors of rows and columns, to ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``."""
+    b_k32 = widen(b_k)
+    b_left = tl.trans(cast(b_k32 * b_col, DT))
+    b_kk += tl.where(m_pairs, tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION), 0.0)
+    b_right = cast(widen(b_q) * b_row, DT)
+    b_qk += tl.where(m_pairs, tl.dot(b_right, b_left, input_precision=PRECISION), 0.0)
+    return b_qk, b_kk
+
+
+@triton.jit
 def pair_products(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
@@ -137,33 +155,21 @@ def pair_products(
     """
     TILES: tl.constexpr = C // 16
     LEVELS: tl.constexpr = 2 if C == 64 else 1 if C == 32 else 0
-    i_tile, j_tile = tl.arange(0, C)[:, None] // 16, tl.arange(0, C)[None, :] // 16
     if not SAFE:
-        needs = needs_tree(sum_rows(load_matrix(p_table, TILES, C), b_high, b_low), ANCHOR)
+        needs = needs_tree(sum_rows(load_matrix(p_table, TILES + ROWS, C), b_high, b_low), ANCHOR)
     for step in range(0 if ANCHOR else 1, LEVELS + 1):
-        b_x = sum_rows(load_matrix(p_table, tl.where(step == 0, TILES, TILES + 9 + step), C), b_high, b_low)
+        b_x = sum_rows(load_matrix(p_table, TILES + tl.where(step == 0, ROWS, ONE + step), C), b_high, b_low)
         b_row = row_decay(b_x, ANCHOR, SAFE)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
-        b_k32 = widen(b_k)
-        b_left = tl.trans(cast(b_k32 * b_col, DT))
-        m_pairs = ((i_tile ^ j_tile) >= (1 << step) // 2) & ((i_tile ^ j_tile) < (1 << step))
-        b_kk += tl.where(m_pairs, tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION), 0.0)
-        b_right = cast(widen(b_q) * b_row, DT)
-        b_qk += tl.where(m_pairs, tl.dot(b_right, b_left, input_precision=PRECISION), 0.0)
+        b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 16), DT, PRECISION)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
         if needs:
-            for level in range(5):
+            for step in range(5):
                 zero = opaque_zero()
-                b_c = sum_rows(load_matrix(p_table, TILES + zero, C), b_high, b_low)
-                b_x = sum_rows(load_matrix(p_table, TILES + 1 + level, C), b_high, b_low)
-                b_row = tree_decay(b_x, b_c, ANCHOR)
-                b_k32 = widen(b_k)
-                b_left = tl.trans(cast(b_k32 * exp2(b_x), DT))
-                m_pairs = meets_in_tile(level, C)
-                b_product = tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION)
-                b_kk += tl.where(m_pairs, b_product, 0.0)
-                b_product = tl.dot(cast(widen(b_q) * b_row, DT), b_left, input_precision=PRECISION)
-                b_qk += tl.where(m_pairs, b_product, 0.0)
+                b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
+                b_x = sum_rows(load_matrix(p_table, TILES + TREE + step, C), b_high, b_low)
+                b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
+                b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), DT, PRECISION)
     return b_qk, b_kk
 
 
@@ -222,19 +228,19 @@ def prepare_kernel(
             first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        b_one = load_matrix(p_table, C // 16 + 9, C)
+        b_one = load_matrix(p_table, C // 16 + ONE, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
         b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
         b_qk, b_kk = pair_products(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
         zero = opaque_zero()
-        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + 6 + zero, C), b_high, b_low))
+        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low))
         i_k = first + tl.arange(0, SK)[None, :]
         tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_P, mask=i_row[:, None] == C - 1)
         b_qg = widen(b_q) * (b_rq * scale)[:, None] * b_P
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
         b_k32 = widen(b_k) * b_rk[:, None]
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
-        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + 7 + zero, C), b_high, b_low))
+        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
         tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_E, DT))
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
