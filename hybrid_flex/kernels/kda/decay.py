@@ -123,29 +123,36 @@ def log2(x):
 
 
 @triton.jit
-def opaque_zero():
-    """Return 0 in a way that the compiler cannot see through: NOTE [Phases].
+def opaque_zero(PHASE: tl.constexpr, step=0):
+    """Return 0 in a way that the compiler cannot see through, another one for every phase and step: NOTE [Phases].
 
     # NOTE [Phases]
     A long kernel is written in phases that share only the sums they add up.  Every phase reads its operands again, from
     the cache, by addresses to which it adds a zero of its own.  The compiler would otherwise find that it has computed
     these addresses, loaded these rows or formed these products before, and keep all of them in registers from the first
-    phase to the last, where they push out the sums.  At its end a phase pins its sums (`pin`): the compiler would
-    otherwise put off their last additions until the sums are used, and keep the terms instead.
+    phase to the last, where they push out the sums.  A loop that only passes the sums of earlier phases on holds them
+    (`hold`): the compiler would otherwise put off their last additions until after the loop, and keep the terms.
+
+    All of this is assembly without side effects: torch.compile, which reads off a kernel what it writes, takes a kernel
+    with any other assembly to write to all its arguments, the raw inputs included.  That rules out Triton's volatile
+    form, which stays where it stands; here an operand that changes from phase to phase or step to step does the same.
     """
     if INTERPRETED:
         return 0
     else:
-        return tl.inline_asm_elementwise("mov.u32 $0, 0;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+        TEXT: tl.constexpr = "and.b32 $0, $1, 0; // " + PHASE
+        return tl.inline_asm_elementwise(TEXT, "=r,r", [step], dtype=tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit
-def pin(b_x):
-    """Return float32 x, which the compiler has computed by now: NOTE [Phases]."""
+def hold(b_x, step):
+    """Return float32 x, which a loop that does this in every step gets ready-made: NOTE [Phases]."""
     if INTERPRETED:
         return b_x
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b_x], dtype=tl.float32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f,r", [b_x, step], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -193,21 +200,21 @@ def cast(b_x, DT: tl.constexpr):
 
 
 @triton.jit
-def widen(b_x):
-    """Return x in float32, converted where this stands.
+def widen(b_x, step):
+    """Return x in float32, converted in every step of a loop: NOTE [Phases].
 
     The compiler takes the conversion of what a loop does not change out of the loop, where it costs two registers a
-    pair of numbers instead of one.  Assembly that might have side effects stays.
+    pair of numbers instead of one.
     """
     if INTERPRETED or b_x.dtype != tl.bfloat16:
         return b_x.to(tl.float32)
     else:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
-            [b_x],
+            "=r,=r,r,r,r",
+            [b_x, step],
             dtype=tl.float32,
-            is_pure=False,
+            is_pure=True,
             pack=2,
         )
 

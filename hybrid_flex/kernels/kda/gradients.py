@@ -45,11 +45,11 @@ from .decay import (
     cast,
     col_decay,
     exp2,
+    hold,
     load_matrix,
     meets,
     needs_tree,
     opaque_zero,
-    pin,
     row_decay,
     sigmoid,
     softplus,
@@ -77,7 +77,10 @@ def triangle_kernel(
     """Compute dv, dbeta, dAqk, dKK and the row sums <q, dq>, <k, dk> of one chunk of one value head."""
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
-    token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
+    if PACKED:
+        token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
+    else:
+        token, length = chunk_place(i_chunk, T, NT, C)
     DT: tl.constexpr = p_A.dtype.element_ty
     i_token = tl.arange(0, C)
     i, j = i_token[:, None], i_token[None, :]
@@ -143,7 +146,8 @@ def tree_gradients(
     """Add what pairs in the tree inside tiles give to q, k and dG: NOTE [Tile anchor]."""
     TILES: tl.constexpr = C // 16
     for step in range(5):
-        zero = opaque_zero()
+        b_dq, b_dk, b_dG = hold(b_dq, step), hold(b_dk, step), hold(b_dG, step)
+        zero = opaque_zero("level of the tree", step)
         b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
         b_x = sum_rows(load_matrix(p_table, TILES + TREE + step + zero, C), b_high, b_low)
         b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
@@ -183,7 +187,10 @@ def inputs_kernel(
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head, i_s = tl.program_id(0) // HV, tl.program_id(0) % HV, tl.program_id(1)
-    token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
+    if PACKED:
+        token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
+    else:
+        token, length = chunk_place(i_chunk, T, NT, C)
     i_group, first = i_head // (HV // H), i_s * SK
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_states.dtype.element_ty
@@ -203,7 +210,7 @@ def inputs_kernel(
     TILES: tl.constexpr = C // 16
 
     # Pairs: NOTE [Row tiles], NOTE [Pairs cancel].
-    zero = opaque_zero()
+    zero = opaque_zero("factors of rows")
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_row = row_decay(sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low), ANCHOR, SAFE)
     b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK)
@@ -214,7 +221,7 @@ def inputs_kernel(
     b_r = tl.zeros((C, SK), dtype=tl.float32)
     b_dk = tl.zeros((C, SK), dtype=tl.float32)
     b_dG = tl.zeros((C, SK), dtype=tl.float32)
-    zero = opaque_zero()
+    zero = opaque_zero("pairs")
     i_tile, j_tile = (tl.arange(0, C)[:, None] + zero) // 16, tl.arange(0, C)[None, :] // 16
     p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
     p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
@@ -236,7 +243,7 @@ def inputs_kernel(
         b_dG -= b_left * b_t
         b_dq = tl.dot(b_dqk, b_left, b_dq, input_precision=PRECISION)
         b_r = tl.dot(b_dkk, b_left, b_r, input_precision=PRECISION)
-    zero = opaque_zero()
+    zero = opaque_zero("after pairs")
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
     b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
     if not SAFE:
@@ -244,13 +251,13 @@ def inputs_kernel(
     b_row = row_decay(b_c, ANCHOR, SAFE)
     b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK)
     b_dG += cast(b_q * b_rq[:, None] * b_row, DT) * b_dq
-    b_dq, b_dG = pin(b_dq * b_row), pin(b_dG)
+    b_dq *= b_row
     b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK)
     b_dG += cast(b_k * b_rk[:, None] * b_row, DT) * b_r
-    b_dk, b_dG = pin(b_dk + b_r * b_row), pin(b_dG)
+    b_dk += b_r * b_row
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
         if needs:
-            zero = opaque_zero()
+            zero = opaque_zero("tree")
             p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
             p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
             b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
@@ -260,18 +267,18 @@ def inputs_kernel(
                 b_dq, b_dk, b_dG, b_q16, b_k16, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR, C, DT,
                 PRECISION,
             )  # fmt: skip
-            b_dq, b_dk, b_dG = pin(b_dq), pin(b_dk), pin(b_dG)
 
     # Through the state, q: S do.
     b_r = tl.zeros((C, SK), dtype=tl.float32)
-    zero = opaque_zero()
+    zero = opaque_zero("S do")
     for i_v in range(WV // BV):
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_do = load_rows(p_do, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+        b_dq, b_dk, b_dG = hold(b_dq, i_v), hold(b_dk, i_v), hold(b_dG, i_v)
         b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
-    zero = opaque_zero()
+    zero = opaque_zero("dq")
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)))
+    b_r *= exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low))
     b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK) * b_rq[:, None]
     b_dG += b_q * b_r
     b_dq = scale * (b_dq + b_r)
@@ -280,29 +287,29 @@ def inputs_kernel(
         b_along = tl.load(p_along + (i_block + zero) * (2 * C) + i_token) * b_rq / scale
         b_dq = b_rq[:, None] * b_dq - b_q * b_along[:, None]
     store_rows(p_dq, b_dq, token + zero, length, i_head, HV, K, C, SK, first)
-    b_dG = pin(b_dG)
 
     # Through the state, k: -S dr as a row, dS v_new as a column; and the decay of the whole chunk.
     b_r = tl.zeros((C, SK), dtype=tl.float32)
     b_d_col = tl.zeros((C, SK), dtype=tl.float32)
     b_S_dS = tl.zeros((SK, SK), dtype=tl.float32)
-    zero = opaque_zero()
+    zero = opaque_zero("S dr, dS v_new")
     for i_v in range(WV // BV):
         b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
+        b_dk, b_dG = hold(b_dk, i_v), hold(b_dG, i_v)
         b_dr = load_rows(p_dr, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_r = tl.dot(b_dr, tl.trans(b_S), b_r, input_precision=PRECISION)
         b_dS = tl.load(state_pointers(p_d_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
         b_y = tl.load(block_pointers(p_y, i_block + zero, i_v, C, WV, BV))
         b_d_col = tl.dot(b_y, tl.trans(b_dS), b_d_col, input_precision=PRECISION)
         b_S_dS = tl.dot(b_S, tl.trans(b_dS), b_S_dS, input_precision=PRECISION)
-    zero = opaque_zero()
+    zero = opaque_zero("dk")
     i_k = tl.arange(0, SK) + zero
     b_d_total = tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 0)
     b_d_total *= tl.load(p_total + i_block * BK + first + i_k)
     b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-    b_r = pin(b_r * exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)))
+    b_r *= exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low))
     b_E = exp2(sum_rows(load_matrix(p_table, TILES + TO_END + zero, C), b_high, b_low))
-    b_d_col = pin(b_d_col * b_E * tl.load(p_strength + (i_block + zero) * C + i_token)[:, None])
+    b_d_col *= b_E * tl.load(p_strength + (i_block + zero) * C + i_token)[:, None]
     b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
     b_dG -= b_k * (b_r + b_d_col)
     b_d_total += tl.sum(b_k * b_d_col, 0)
@@ -311,10 +318,9 @@ def inputs_kernel(
         b_along = tl.load(p_along + (i_block + zero) * (2 * C) + C + i_token)
         b_dk = b_rk[:, None] * (b_dk - b_k * b_along[:, None])
     store_rows(p_dk, b_dk, token + zero, length, i_head, HV, K, C, SK, first)
-    b_dG = pin(b_dG)
 
     # From each row to the end of the chunk, and through the gate.
-    zero = opaque_zero()
+    zero = opaque_zero("dg")
     i_k = first + zero + tl.arange(0, SK)
     b_high, b_low = split(b_dG, DT)
     b_dg = sum_rows(load_matrix(p_table, TILES + FROM_ROW + zero, C), b_high, b_low) + b_d_total[None, :]

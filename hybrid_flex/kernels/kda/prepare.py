@@ -45,16 +45,14 @@ from .decay import (
 
 
 @triton.jit
-def chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return the first row (over all sequences) and the number of rows of a chunk."""
-    if PACKED:
-        token = tl.load(p_chunk_token + i_chunk).to(tl.int64)
-        length = tl.load(p_chunk_length + i_chunk)
-    else:
-        start = (i_chunk % NT) * C
-        token = (i_chunk // NT).to(tl.int64) * T + start
-        length = tl.minimum(T - start, C)
-    return token, length
+def chunk_place(i_chunk, T, NT, C: tl.constexpr):
+    """Return the first row (over all sequences) and the number of rows of a chunk of sequences of equal length.
+
+    The places of packed chunks are loaded by the kernels themselves: torch.compile, which follows an address back to
+    the arguments, knows what a load is, but takes the result of a function to point into all that it was given.
+    """
+    start = (i_chunk % NT) * C
+    return (i_chunk // NT).to(tl.int64) * T + start, tl.minimum(T - start, C)
 
 
 @triton.jit
@@ -133,13 +131,13 @@ def inverse_norm(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOC
 
 @triton.jit
 def step_products(
-    b_qk, b_kk, b_q, b_k, b_row, b_col, m_pairs, DT: tl.constexpr, PRECISION: tl.constexpr
+    b_qk, b_kk, b_q, b_k, b_row, b_col, m_pairs, step, DT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Add the pairs of one step, by its factors of rows and columns, to ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``."""
-    b_k32 = widen(b_k)
+    b_k32 = widen(b_k, step)
     b_left = tl.trans(cast(b_k32 * b_col, DT))
     b_kk += tl.where(m_pairs, tl.dot(cast(b_k32 * b_row, DT), b_left, input_precision=PRECISION), 0.0)
-    b_right = cast(widen(b_q) * b_row, DT)
+    b_right = cast(widen(b_q, step) * b_row, DT)
     b_qk += tl.where(m_pairs, tl.dot(b_right, b_left, input_precision=PRECISION), 0.0)
     return b_qk, b_kk
 
@@ -161,15 +159,15 @@ def pair_products(
         b_x = sum_rows(load_matrix(p_table, TILES + tl.where(step == 0, ROWS, ONE + step), C), b_high, b_low)
         b_row = row_decay(b_x, ANCHOR, SAFE)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
-        b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 16), DT, PRECISION)
+        b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 16), step, DT, PRECISION)
     if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
         if needs:
             for step in range(5):
-                zero = opaque_zero()
+                zero = opaque_zero("level of the tree", step)
                 b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
                 b_x = sum_rows(load_matrix(p_table, TILES + TREE + step, C), b_high, b_low)
                 b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
-                b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), DT, PRECISION)
+                b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), step, DT, PRECISION)
     return b_qk, b_kk
 
 
@@ -203,7 +201,10 @@ def prepare_kernel(
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
-    token, length = chunk_place(i_chunk, p_chunk_token, p_chunk_length, T, NT, C, PACKED)
+    if PACKED:
+        token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
+    else:
+        token, length = chunk_place(i_chunk, T, NT, C)
     i_group = i_head // (HV // H)
     # Inductor passes numbers as float64.
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
@@ -232,13 +233,13 @@ def prepare_kernel(
         b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
         b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
         b_qk, b_kk = pair_products(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
-        zero = opaque_zero()
+        zero = opaque_zero("sums", i_s)
         b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low))
         i_k = first + tl.arange(0, SK)[None, :]
         tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_P, mask=i_row[:, None] == C - 1)
-        b_qg = widen(b_q) * (b_rq * scale)[:, None] * b_P
+        b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_P
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
-        b_k32 = widen(b_k) * b_rk[:, None]
+        b_k32 = widen(b_k, zero) * b_rk[:, None]
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
         b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
         tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_E, DT))

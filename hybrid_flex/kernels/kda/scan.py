@@ -19,20 +19,6 @@ from .prepare import block_pointers, load_rows, store_rows
 
 
 @triton.jit
-def sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return a sequence's first row (over all sequences), length, first chunk and number of chunks."""
-    if PACKED:
-        token = tl.load(p_cu_seqlens + i_n).to(tl.int64)
-        length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
-        chunk = tl.load(p_first_chunk + i_n).to(tl.int64)
-    else:
-        token = i_n.to(tl.int64) * T
-        length = T
-        chunk = i_n.to(tl.int64) * NT
-    return token, length, chunk, (length + C - 1) // C
-
-
-@triton.jit
 def load_state(p_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
     """Load ``[BK, BV]`` of state number i of ``[N * HV, K, V]``, or ``[N * HV, V, K]``; zero in the padding."""
     i_row, i_col = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
@@ -66,13 +52,17 @@ def scan_kernel(
     """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_head = i_nh // HV, i_nh % HV
-    token, length, chunk, num_chunks = sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C, PACKED)
+    if PACKED:
+        token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)
+        length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
+    else:
+        token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
     DT: tl.constexpr = p_w.dtype.element_ty
     if HAS_INITIAL:
         b_S = load_state(p_initial, i_nh, i_v, K, V, BK, BV, V_FIRST)
     else:
         b_S = tl.zeros((BK, BV), dtype=tl.float32)
-    for i in tl.range(num_chunks, num_stages=STAGES):
+    for i in tl.range((length + C - 1) // C, num_stages=STAGES):
         i_block = (chunk + i) * HV + i_head
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
         b_u = tl.load(block_pointers(p_u, i_block, i_v, C, WV, BV))
@@ -106,11 +96,15 @@ def scan_backward_kernel(
     """Carry the gradient of the state of one sequence and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_head = i_nh // HV, i_nh % HV
-    token, length, chunk, num_chunks = sequence_place(i_n, p_cu_seqlens, p_first_chunk, T, NT, C, PACKED)
+    if PACKED:
+        token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)
+        length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
+    else:
+        token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
     DT: tl.constexpr = p_w.dtype.element_ty
     b_dS = load_state(p_d_final, i_nh, i_v, K, V, BK, BV, V_FIRST)
-    for step in tl.range(num_chunks, num_stages=STAGES):
-        i = num_chunks - 1 - step
+    for step in tl.range((length + C - 1) // C, num_stages=STAGES):
+        i = (length + C - 1) // C - 1 - step
         i_block = (chunk + i) * HV + i_head
         b_kg = tl.load(block_pointers(p_kg, i_block, 0, C, BK, BK))
         b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))

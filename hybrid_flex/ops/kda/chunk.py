@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_flex.checks import check_choice, is_plain
+from hybrid_flex.checks import check_choice
 from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 
@@ -40,11 +40,6 @@ from .intra import intra_chunk, intra_chunk_backward
 from .layout import Packing, pack, to_chunks, to_tokens
 
 CHUNK_SIZES = (16, 32, 64)
-
-# NOTE [Traced on CUDA]
-# A graph that is traced for a CUDA device holds the plain form of these two operators, not yet their kernels: with a
-# dynamic length Inductor of torch 2.11 stops with an internal error (an assertion in replace_by_example, which traces a
-# kernel's replacement twice and finds graphs of different sizes), also when no tensor is passed twice to one kernel.
 
 
 class _Chunks(NamedTuple):
@@ -174,7 +169,7 @@ def _chunk_kda(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if has_kernels(q) and is_plain(q):  # NOTE [Traced on CUDA]
+    if has_kernels(q):
         from hybrid_flex.kernels.kda import chunk
 
         return chunk.forward(raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
@@ -226,7 +221,7 @@ def _chunk_kda_backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
-    if has_kernels(q) and is_plain(q):  # NOTE [Traced on CUDA]
+    if has_kernels(q):
         from hybrid_flex.kernels.kda import chunk
 
         return chunk.backward(  # type: ignore[return-value]
