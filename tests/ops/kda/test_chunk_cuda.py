@@ -155,6 +155,7 @@ def test_opcheck() -> None:
 
 
 def test_one_graph_for_several_lengths_forward_and_backward(fresh_dynamo: None) -> None:
+    """The compiled graph holds the same kernels: same bits."""
     backend = CompileCounterWithBackend("inductor")
     compiled = torch.compile(chunk_kda, backend=backend, fullgraph=True)
     for T in (200, 130, 1000):
@@ -168,5 +169,27 @@ def test_one_graph_for_several_lengths_forward_and_backward(fresh_dynamo: None) 
         for name, got, want in zip(
             ("o", "state", *x), (o, state, *grads), (o_eager, state_eager, *wanted), strict=True
         ):
-            assert (got - want).float().norm() < 0.02 * want.float().norm(), name
+            if name in ("A_log", "dt_bias"):  # sums over chunks, in an order that the compiler chooses
+                assert (got - want).norm() < 1e-5 * want.norm(), name
+            else:
+                assert torch.equal(got, want), name
     assert backend.frame_count == 1
+
+
+def test_training_step_in_a_cuda_graph(fresh_dynamo: None) -> None:
+    x = inputs(1, 200, 2, 2, 128, 128, torch.bfloat16)
+
+    def loss(**x: Tensor) -> Tensor:
+        o, state = chunk_kda(**x, **LOWER, output_final_state=True)
+        assert state is not None
+        return o.float().square().mean() + state.square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):  # two calls to warm up, then replays, each with other values
+        torch.compiler.cudagraph_mark_step_begin()
+        grads = [grad.clone() for grad in torch.autograd.grad(compiled(**x), list(x.values()))]
+        for name, got, want in zip(x, grads, torch.autograd.grad(loss(**x), list(x.values())), strict=True):
+            assert (got - want).float().norm() < 1e-2 * want.float().norm(), name
+        with torch.no_grad():
+            for t in x.values():
+                t.add_(0.1 * torch.randn_like(t))
