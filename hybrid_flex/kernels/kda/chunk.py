@@ -1,7 +1,7 @@
 """Launchers of the chunked form of Kimi Delta Attention: workspace, tile sizes, the order of the kernels.
 
 forward:   prepare -> scan
-backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs
+backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs, near and far
 
 The backward begins from the raw inputs and the output: nothing else is kept between the two.
 """
@@ -17,7 +17,8 @@ from torch import Tensor
 from hybrid_flex.kernels.launch import launchable, on_its_device
 
 from .decay import exponent_table
-from .gradients import inputs_kernel, triangle_kernel
+from .far import far_inputs_kernel
+from .gradients import near_inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
 from .prepare import prepare_kernel
 from .scan import scan_backward_kernel, scan_kernel
@@ -82,7 +83,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
 
 
 def _anchor(raw: Any) -> dict[str, bool]:
-    """Tell whether a tile of 16 rows may take one anchor, and whether it always does: NOTE [Tile anchor]."""
+    """Tell whether chunks and tiles may take one anchor, and whether a tile always does: NOTE [Tile anchor]."""
     anchor = raw.q.dtype == torch.bfloat16
     return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7}
 
@@ -100,6 +101,7 @@ class _Workspace(NamedTuple):
     A: Tensor
     kk: Tensor
     norms: Tensor
+    far: Tensor
 
 
 def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
@@ -121,6 +123,7 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
         A=empty(blocks if for_backward else 0, C, C),
         kk=empty(blocks if for_backward and not raw.sigmoid else 0, C, C),
         norms=torch.empty((blocks if for_backward else 0, 2, C), dtype=torch.float32, device=raw.q.device),
+        far=torch.empty((blocks if for_backward else 0, BK // SLICE), dtype=torch.int32, device=raw.q.device),
     )
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
@@ -229,7 +232,7 @@ def backward(
         d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, work.strength, d_states, dv_new, d_initial,
         *positional, **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first,
     )  # fmt: skip
-    A, kk, total, strength, norms = work.A, work.kk, work.total, work.strength, work.norms
+    A, kk, total, strength, norms, far = work.A, work.kk, work.total, work.strength, work.norms, work.far
     high, low = work.qg, work.kg  # what stood there has been read
     del work  # its memory serves the gradients
 
@@ -247,10 +250,17 @@ def backward(
     dq, dk = (torch.empty(per_head, dtype=raw.q.dtype if H == HV else torch.float32, device=device) for _ in "qk")
     d_slope = torch.empty((blocks, BK // SLICE), dtype=torch.float32, device=device)
     d_bias = torch.empty((blocks, BK), dtype=torch.float32, device=device)
-    launchable(inputs_kernel)[(blocks, BK // SLICE)](
-        d_o, raw.q, raw.k, raw.g, dv, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan), plan.table,
-        total, strength, norms, high, low, states, d_states, y, dAqk, dKK, along, dq, dk, dg, d_slope, d_bias,
-        scale, raw.lower_bound or 0.0, T, NT, **_only(inputs_kernel, keywords), num_warps=4, num_stages=1,
+    tensors = [d_o, raw.q, raw.k, raw.g, dv, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan), plan.table]
+    chunk_tensors, gradients = (states, d_states, y, dAqk, dKK, along), (dq, dk, dg, d_slope, d_bias)
+    numbers, grid = (scale, raw.lower_bound or 0.0, T, NT), (blocks, BK // SLICE)
+    if keywords["ANCHOR"]:
+        launchable(near_inputs_kernel)[grid](
+            *tensors, total, strength, norms, far, *chunk_tensors, *gradients, *numbers,
+            **_only(near_inputs_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    launchable(far_inputs_kernel)[grid](
+        *tensors, total, strength, norms, far, high, low, *chunk_tensors, *gradients, *numbers,
+        **_only(far_inputs_kernel, keywords), num_warps=4, num_stages=1,
     )  # fmt: skip
     if H != HV:
         dq, dk = (x.unflatten(2, (H, HV // H)).sum(3).to(raw.q.dtype) for x in (dq, dk))

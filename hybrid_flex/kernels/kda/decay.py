@@ -2,23 +2,34 @@
 
 Every exponent that KDA needs is the sum of some rows' log decays: from the chunk's start through a row, after a row to
 the chunk's end, or between a row and a boundary inside the chunk.  Each such set of sums is a matrix of zeros and ones
-``[C, C]`` times the log decays ``[C, K]``, on the tensor cores.  The matrices stand in one table (`exponent_table`), so
-a kernel runs through them in a loop: first those that make D_ij between them, then the sums for whole chunks.
+``[C, C]`` times the log decays ``[C, K]``, on the tensor cores.  The matrices stand in one table (`exponent_table`).
+
+# NOTE [Chunk anchor]
+With c the sum from the chunk's start through a row, all pairs of the chunk meet in one step,
+
+    D_ij = row_i * col_j        row_i = 2^(c_i + 80)        col_j = 2^(-c_j - 80)
+
+as long as the factors are numbers.  Both stay within 2^-80 and 2^80 while c is above -160, which leaves gradients room
+to be large.  Below that (-111 nats within 64 tokens) a row is far from the start, in that channel: row_i is taken as
+zero there, and what the row receives comes from smaller steps, NOTE [Levels] and NOTE [Tile anchor] in the forward,
+NOTE [Row tiles] in the backward, which are left out where no row of the chunk is far.  Which way a row takes in a
+channel depends on rows up to it only, so causality holds bit for bit.  Only bfloat16 has the range for this.
 
 # NOTE [Row tiles]
-A chunk is C / 16 tiles of rows.  Rows i of tile I meet all rows j <= i of the chunk in one step,
+A chunk is C / 16 tiles of rows.  With far rows, the backward lets rows i of tile I meet all rows j <= i of the chunk in
+one step,
 
     D_ij = row_i * col_j        row_i = 2^c_i        col_j = 2^(sum after j to the tile's start)   j before tile I
                                                      col_j = 2^-c_j                                j in tile I
 
-with c the sum from the start of a row's own tile through the row, so that every row has one factor, whatever it meets.
-The backward goes this way: it needs the factors of rows once, and each step adds to sums that stay in place.
+with c the sum from the start of a row's own tile through the row, so that every row has one factor, whatever it meets,
+and each step adds to sums that stay in place.
 
 # NOTE [Levels]
-The forward takes fewer steps, each with factors of its own: pairs inside tiles first, then pairs of rows in
-neighbouring tiles, then in neighbouring pairs of tiles.  In the last two, row = 2^x and col = 2^x with x the sum
-between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96 the kernel takes 1.66 ms so
-and 1.90 ms by row tiles.
+The forward takes fewer steps for far rows, each with factors of its own: pairs inside tiles first, then pairs of rows
+in neighbouring tiles, then in neighbouring pairs of tiles.  In the last two, row = 2^x and col = 2^x with x the sum
+between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96, all rows this way, the
+kernel takes 1.66 ms so and 1.90 ms by row tiles.
 
 # NOTE [Tile anchor]
 Inside a tile col_j grows.  A factor of 2^56 on rows and 2^-56 on columns puts the middle of float32's range where c is
@@ -30,9 +41,9 @@ exponents are never positive, whatever the gate:
     diagonal        i = j                                             row = 1        col = 1
     level l         i, j in neighbouring blocks of 2^l rows           row = 2^x      col = 2^x
 
-x is the sum between a row and the boundary of its block with its neighbour, l = 0 ... 3.  Which way a row takes in a
-channel depends on rows up to it only, so causality holds bit for bit.  float16 cannot hold the growing factors and
-always takes the tree inside tiles; float32 does so too, for its digits.
+x is the sum between a row and the boundary of its block with its neighbour, l = 0 ... 3.  A row that takes the tree is
+far from the chunk's start, too, whatever the sums' rounding: -172 against -160.  float16 cannot hold the growing
+factors and always takes the tree inside tiles; float32 does so too, for its digits.
 
 # NOTE [Reset clamp]
 A log decay below -160 (bits; -110 nats) is taken as -160.  2^-160 is zero in float32 already, and every factor that
@@ -265,6 +276,19 @@ def meets(step, C: tl.constexpr, UNIT: tl.constexpr):
     """
     i, j = tl.arange(0, C)[:, None] // UNIT, tl.arange(0, C)[None, :] // UNIT
     return ((i ^ j) >= (1 << step) // 2) & ((i ^ j) < (1 << step))
+
+
+@triton.jit
+def is_far(b_c):
+    """Tell where c is below what the chunk's anchor can carry: NOTE [Chunk anchor]."""
+    return b_c < -160.0
+
+
+@triton.jit
+def anchor_decay(b_c):
+    """Return the factors of rows and columns for the chunk's anchor, zero where a row is far: NOTE [Chunk anchor]."""
+    m_far = is_far(b_c)
+    return exp2(tl.where(m_far, -1000.0, b_c + 80.0)), exp2(tl.where(m_far, -1000.0, -80.0 - b_c))
 
 
 @triton.jit

@@ -26,10 +26,12 @@ from .decay import (
     ROWS,
     TO_END,
     TREE,
+    anchor_decay,
     as_product,
     cast,
     col_decay,
     exp2,
+    is_far,
     load_matrix,
     log2_decay,
     meets,
@@ -143,24 +145,28 @@ def step_products(
 
 
 @triton.jit
-def pair_products(
+def far_pairs(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
     DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add a slice of K's part of ``<q_i, D_ij k_j>`` and ``<k_i, D_ij k_j>``, [C, C]; above the diagonal, nonsense.
+    """Add the pairs of a slice of K whose row is far from the chunk's start: NOTE [Chunk anchor] in decay.py.
 
-    Step 0 is the tile anchor, step l + 1 the level of blocks of 16 * 2^l rows: NOTE [Levels] in decay.py.
+    Step 0 is the tile anchor, step l + 1 the level of blocks of 16 * 2^l rows: NOTE [Levels].  Without anchors every
+    row counts as far.
     """
     TILES: tl.constexpr = C // 16
     LEVELS: tl.constexpr = 2 if C == 64 else 1 if C == 32 else 0
-    if not SAFE:
-        needs = needs_tree(sum_rows(load_matrix(p_table, TILES + ROWS, C), b_high, b_low), ANCHOR)
     for step in range(0 if ANCHOR else 1, LEVELS + 1):
         b_x = sum_rows(load_matrix(p_table, TILES + tl.where(step == 0, ROWS, ONE + step), C), b_high, b_low)
         b_row = row_decay(b_x, ANCHOR, SAFE)
+        if ANCHOR:
+            zero = opaque_zero("level", step)
+            b_c = sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)
+            b_row = tl.where(is_far(b_c), b_row, 0.0)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
         b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 16), step, DT, PRECISION)
-    if not SAFE:  # noqa: SIM102 (the inner condition is a run-time one)
+    if not SAFE:
+        needs = needs_tree(sum_rows(load_matrix(p_table, TILES + ROWS, C), b_high, b_low), ANCHOR)
         if needs:
             for step in range(5):
                 zero = opaque_zero("level of the tree", step)
@@ -189,7 +195,7 @@ def unit_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "NT"])
 def prepare_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, scale, lower_bound, T, NT,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, p_far, scale, lower_bound, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
@@ -197,7 +203,8 @@ def prepare_kernel(
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
-    For the backward it also leaves A, the inverse norms of q and k, and KK where the caller gave beta itself.
+    The decay of the whole chunk is left in bits.  For the backward it also leaves A, the inverse norms of q and k, KK
+    where the caller gave beta itself, and whether a slice of K has far rows.
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -210,6 +217,7 @@ def prepare_kernel(
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_qg.dtype.element_ty
     i_row = tl.arange(0, C)
+    i, j = i_row[:, None], i_row[None, :]
 
     p_strength += i_block * C + i_row
     tl.store(p_strength, load_strength(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR))
@@ -232,20 +240,32 @@ def prepare_kernel(
         b_one = load_matrix(p_table, C // 16 + ONE, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
         b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
-        b_qk, b_kk = pair_products(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
         zero = opaque_zero("sums", i_s)
-        b_P = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low))
+        b_c = sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low)
         i_k = first + tl.arange(0, SK)[None, :]
-        tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_P, mask=i_row[:, None] == C - 1)
+        tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
+        if ANCHOR:
+            far = is_far(tl.min(tl.min(b_c, 1), 0)).to(tl.int32)
+            if FOR_BACKWARD:
+                tl.store(p_far + i_block * (BK // SK) + i_s, far)
+            b_row, b_col = anchor_decay(b_c)
+            b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, i >= j, zero, DT, PRECISION)
+            b_P = b_row * 2.0**-80
+        else:
+            far = 1
+            b_P = exp2(b_c)
         b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_P
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
         b_k32 = widen(b_k, zero) * b_rk[:, None]
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
+        if far != 0:
+            b_qk, b_kk = far_pairs(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
+        zero = opaque_zero("to the end", i_s)
         b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
-        tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_E, DT))
+        b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
+        tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
 
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
-    i, j = i_row[:, None], i_row[None, :]
     store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
     b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
     if FOR_BACKWARD and not SIGMOID:

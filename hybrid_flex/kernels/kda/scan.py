@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .decay import exp2
 from .prepare import block_pointers, load_rows, store_rows
 
 
@@ -67,7 +68,7 @@ def scan_kernel(
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
         b_u = tl.load(block_pointers(p_u, i_block, i_v, C, WV, BV))
         b_kg = tl.load(block_pointers(p_kg, i_block, 0, C, BK, BK))
-        b_total = tl.load(p_total + i_block * BK + tl.arange(0, BK))
+        b_total = exp2(tl.load(p_total + i_block * BK + tl.arange(0, BK)))
         b_S16 = b_S.to(DT)
         if WRITE_STATES:
             tl.store(block_pointers(p_states, i_block, i_v, BK, WV, BV), b_S16)
@@ -115,7 +116,7 @@ def scan_backward_kernel(
         b_dv = tl.dot(b_kg, b_dS16, b_dv, input_precision=PRECISION)
         tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv.to(DT))
         b_dy = (b_dv * tl.load(p_strength + i_block * C + tl.arange(0, C))[:, None]).to(DT)
-        b_total = tl.load(p_total + i_block * BK + tl.arange(0, BK))
+        b_total = exp2(tl.load(p_total + i_block * BK + tl.arange(0, BK)))
         b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
         b_dS = tl.dot(tl.trans(b_qg), b_do, b_dS * b_total[:, None], input_precision=PRECISION)
