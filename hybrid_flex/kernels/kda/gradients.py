@@ -55,6 +55,7 @@ from .decay import (
     as_product,
     cast,
     exp2,
+    hold,
     load_matrix,
     opaque_zero,
     reciprocal,
@@ -62,7 +63,6 @@ from .decay import (
     softplus,
     split,
     sum_rows,
-    widen,
 )
 from .prepare import (
     block_pointers,
@@ -195,67 +195,87 @@ def near_inputs_kernel(
     DT: tl.constexpr = p_states.dtype.element_ty
     i_token = tl.arange(0, C)
     if tl.load(p_far + i_block * (BK // SK) + i_s) == 0:
-        # Through the state.
-        b_dq = tl.zeros((C, SK), dtype=tl.float32)
+        # k through the state.
         b_r = tl.zeros((C, SK), dtype=tl.float32)
         b_c = tl.zeros((C, SK), dtype=tl.float32)
         b_S_dS = tl.zeros((SK, SK), dtype=tl.float32)
         for i_v in tl.range(WV // BV, num_stages=STAGES):
             b_S = tl.load(state_pointers(p_states, i_block, i_s, i_v, BK, WV, SK, BV))
-            b_do = load_rows(p_do, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
-            b_dq = tl.dot(b_do, tl.trans(b_S), b_dq, input_precision=PRECISION)
             b_dr = load_rows(p_dr, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
             b_r = tl.dot(b_dr, tl.trans(b_S), b_r, input_precision=PRECISION)
             b_dS = tl.load(state_pointers(p_d_states, i_block, i_s, i_v, BK, WV, SK, BV))
             b_y = tl.load(block_pointers(p_y, i_block, i_v, C, WV, BV))
             b_c = tl.dot(b_y, tl.trans(b_dS), b_c, input_precision=PRECISION)
             b_S_dS = tl.dot(b_S, tl.trans(b_dS), b_S_dS, input_precision=PRECISION)
+        # The state's part of c, and the decay of the whole chunk, which waits in memory for its turn.
+        zero = opaque_zero("whole chunk")
         i_k = tl.arange(0, SK)
-        b_total = tl.load(p_total + i_block * BK + first + i_k)
-        b_d_total = exp2(b_total) * tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 0)
+        p_d_total = p_d_bias + (i_block + zero) * BK + first + i_k
+        b_S_dS = tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 1)
+        tl.store(p_d_total, exp2(tl.load(p_total + (i_block + zero) * BK + first + i_k)) * b_S_dS)
+        b_total = tl.load(p_total + (i_block + zero) * BK + first + i_k)
+        b_c *= tl.load(p_strength + (i_block + zero) * C + i_token)[:, None] * exp2(b_total + 80.0)[None, :]
 
-        # Pairs of k with k. The columns' sum has the state's part first, which counts for the chunk's decay, too.
+        # k in pairs.
+        zero = opaque_zero("decay")
         z, slope, b_g = load_gate(  # noqa: RUF059
-            p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
-            first,
+            p_g, p_A_log, p_dt_bias, lower_bound, token + zero, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
+            HAS_BIAS, first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        b_row = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START, C), b_high, b_low) + 80.0)
-        b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_token)
-        b_k16 = cast(load_product(p_table, p_k, token, length, i_group, H, K, first, 0, C, SK), DT)
-        b_k = widen(b_k16, 0) * b_rk[:, None]
+        b_row = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low) + 80.0)
+        zero = opaque_zero("k in pairs")
+        b_rk = tl.load(p_norms + (i_block + zero) * (2 * C) + C + i_token)
+        b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
         b_left, b_right = cast(b_k * reciprocal(b_row), DT), cast(b_k * b_row, DT)
-        b_c *= tl.load(p_strength + i_block * C + i_token)[:, None] * exp2(b_total + 80.0)[None, :]
-        b_d_total += tl.sum(b_left * b_c, 0)
-        b_dxk = tl.load(block_pointers(p_dKK, i_block, 0, C, C, C))
+        p_d_total = p_d_bias + (i_block + zero) * BK + first + i_k
+        tl.debug_barrier()
+        tl.store(p_d_total, tl.load(p_d_total) + tl.sum(b_left * b_c, 0))
+        b_dxk = tl.load(block_pointers(p_dKK, i_block + zero, 0, C, C, C))
         b_c = tl.dot(tl.trans(b_dxk), b_right, b_c, input_precision=PRECISION)
         b_r = tl.dot(b_dxk, b_left, -(2.0**-80) * b_r, input_precision=PRECISION)
         b_dG = b_right * b_r
-        b_dk = b_r * b_row
-
-        # Pairs of q with k.
-        zero = opaque_zero("q")
-        b_rq = tl.load(p_norms + i_block * (2 * C) + i_token)
+        zero = opaque_zero("q in pairs")
+        b_rq = tl.load(p_norms + (i_block + zero) * (2 * C) + i_token)
         b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK) * (b_rq * scale)[:, None]
-        b_right = cast(b_q * b_row, DT)
-        b_dxk = tl.load(block_pointers(p_dAqk, i_block, 0, C, C, C))
-        b_c = tl.dot(tl.trans(b_dxk), b_right, b_c, input_precision=PRECISION)
-        b_dq = tl.dot(b_dxk, b_left, 2.0**-80 * b_dq, input_precision=PRECISION)
-        b_dG += b_right * b_dq
-        b_dq *= scale * b_row
-        if L2NORM:  # the norm removes the component along q
-            b_along = tl.load(p_along + i_block * (2 * C) + i_token) * b_rq / scale
-            b_dq = b_rq[:, None] * b_dq - b_q * b_along[:, None]
-        store_rows(p_dq, b_dq, token, length, i_head, HV, K, C, SK, first)
-
-        # All of k.
+        b_dxk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C))
+        b_c = tl.dot(tl.trans(b_dxk), cast(b_q * b_row, DT), b_c, input_precision=PRECISION)
         b_dG -= b_left * b_c
-        b_dk += b_c * reciprocal(b_row)
-        if L2NORM:
-            b_along = tl.load(p_along + i_block * (2 * C) + C + i_token)
-            b_k = widen(b_k16, opaque_zero("k")) * b_rk[:, None]
+        b_dk = b_r * b_row + b_c * reciprocal(b_row)
+        if L2NORM:  # the norm removes the component along k
+            zero = opaque_zero("dk")
+            b_rk = tl.load(p_norms + (i_block + zero) * (2 * C) + C + i_token)
+            b_along = tl.load(p_along + (i_block + zero) * (2 * C) + C + i_token)
+            b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
             b_dk = b_rk[:, None] * (b_dk - b_k * b_along[:, None])
-        store_rows(p_dk, b_dk, token, length, i_head, HV, K, C, SK, first)
+        zero = opaque_zero("store dk")
+        store_rows(p_dk, b_dk, token + zero, length, i_head, HV, K, C, SK, first)
+
+        # q.
+        zero = opaque_zero("q")
+        b_dq = tl.zeros((C, SK), dtype=tl.float32)
+        for i_v in tl.range(WV // BV, num_stages=STAGES):
+            b_dG, b_row = hold(b_dG, i_v), hold(b_row, i_v)
+            b_S = tl.load(state_pointers(p_states, i_block + zero, i_s, i_v, BK, WV, SK, BV))
+            b_do = load_rows(p_do, token + zero, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
+            b_dq = tl.dot(b_do, tl.trans(b_S), b_dq, input_precision=PRECISION)
+        zero = opaque_zero("pairs of q")
+        b_rk = tl.load(p_norms + (i_block + zero) * (2 * C) + C + i_token)
+        b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
+        b_dxk = tl.load(block_pointers(p_dAqk, i_block + zero, 0, C, C, C))
+        b_left = cast(b_k * reciprocal(b_row), DT)
+        b_dq = tl.dot(b_dxk, b_left, 2.0**-80 * b_dq, input_precision=PRECISION)
+        zero = opaque_zero("dq")
+        b_rq = tl.load(p_norms + (i_block + zero) * (2 * C) + i_token)
+        b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK) * (b_rq * scale)[:, None]
+        b_dG += cast(b_q * b_row, DT) * b_dq
+        b_dq *= scale * b_row
+        if L2NORM:
+            b_along = tl.load(p_along + (i_block + zero) * (2 * C) + i_token) * b_rq / scale
+            b_dq = b_rq[:, None] * b_dq - b_q * b_along[:, None]
+        store_rows(p_dq, b_dq, token + zero, length, i_head, HV, K, C, SK, first)
+        tl.debug_barrier()
+        b_d_total = tl.load(p_d_bias + (i_block + opaque_zero("dG")) * BK + first + i_k)
         store_gate_gradients(
             b_dG, b_d_total, p_g, p_A_log, p_dt_bias, p_table, p_dg, p_d_slope, p_d_bias, lower_bound, token, length,
             i_block, i_head, i_s, HV, K, C, BK, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS, DT,
