@@ -256,7 +256,7 @@ def backward(
     if keywords["ANCHOR"]:
         launchable(near_inputs_kernel)[grid](
             *tensors, total, strength, norms, far, *chunk_tensors, *gradients, *numbers,
-            **_only(near_inputs_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,
+            **_only(near_inputs_kernel, keywords), STAGES=1, num_warps=4, num_stages=1,
         )  # fmt: skip
     launchable(far_inputs_kernel)[grid](
         *tensors, total, strength, norms, far, high, low, *chunk_tensors, *gradients, *numbers,
