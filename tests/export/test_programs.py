@@ -315,17 +315,29 @@ def test_cuda_program(tmp_path: Path) -> None:
 def test_cuda_package_runs_without_our_code(tmp_path: Path, fresh_process: Callable[..., str]) -> None:
     """AOTInductor's package holds the kernels; a process that knows nothing of this library runs it."""
     torch.manual_seed(0)
-    layer = KimiDeltaAttention(128, 2, 64).cuda().to(torch.bfloat16).requires_grad_(False)
-    package = tmp_path / "layer.pt2"
-    torch._inductor.aoti_compile_and_package(export_prefill(layer), package_path=str(package))
-    x = torch.randn(3, 100, 128, device="cuda", dtype=torch.bfloat16)
-    torch.save((x, layer(x)[0]), tmp_path / "expected.pt")
-    source = """
+    run = """
 import sys
 import torch
 x, want = torch.load(sys.argv[2])
-y = torch._inductor.aoti_load_package(sys.argv[1])(x)[0]
+y = torch._inductor.aoti_load_package(sys.argv[1])(x)
+y = y[0] if isinstance(y, (tuple, list)) else y
 assert not any(name.startswith("hybrid_flex") for name in sys.modules)
 print(((y - want).float().norm() / want.float().norm()).item())
 """
-    assert float(fresh_process(source, package, tmp_path / "expected.pt")) < 1e-2
+
+    def error(module: nn.Module, program: torch.export.ExportedProgram, x: Tensor) -> float:
+        package, expected = tmp_path / "package.pt2", tmp_path / "expected.pt"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+        y = module(x)
+        torch.save((x, y[0] if isinstance(y, tuple) else y), expected)
+        return float(fresh_process(run, package, expected))
+
+    # One H100's machine linked half of another libstdc++ into packages: not even a softmax's could be loaded there.
+    x = torch.randn(3, 100, 128, device="cuda", dtype=torch.bfloat16)
+    softmax = nn.Softmax(-1)
+    try:
+        error(softmax, torch.export.export(softmax, (x,)), x)
+    except AssertionError:
+        pytest.skip("the compiler of this machine makes no package that a fresh process can load, even of a softmax")
+    layer = KimiDeltaAttention(128, 2, 64).cuda().to(torch.bfloat16).requires_grad_(False)
+    assert error(layer, export_prefill(layer), x) < 1e-2

@@ -89,22 +89,72 @@ def test_equals_the_float64_form(case: str, dtype: torch.dtype, device: str) -> 
     assert not [name for name in want if not errors[name] < budgets[name]], errors
 
 
-@pytest.mark.parametrize("case", ["lower bound", "softplus", "resets"])
-def test_tile_anchor(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of bfloat16 through a tile of 16 rows, in float32: with and without rows that must take the tree."""
-    from hybrid_flex.kernels.kda import chunk
-
-    x = make(1, 70, 1, 2, 80, 24, 1, case != "resets", torch.float32)
-    options = {**RAW, "lower_bound": -5.0} if case == "lower bound" else RAW if case == "softplus" else {}
-    if case == "resets":
+def anchored_inputs(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return inputs whose chunks are near, far, or of both kinds, by slices of K: NOTE [Chunk anchor]."""
+    x = make(1, 70, 1, 2, 80, 24, 1, case in ("near", "lower bound", "softplus"), torch.float32)
+    if case == "near":
+        x["dt_bias"] -= 6.0
+    elif case == "one far channel":
+        x["g"] *= 0.02
+        x["g"][:, :, 0, 70] = -8.0
+    elif case == "resets":
         x["g"][:, ::5] = -1000.0
         x["g"][:, 7::9, :, ::3] *= 20
-    anchor = {"ANCHOR": True, "SAFE": case == "lower bound"}
-    monkeypatch.setattr(chunk, "_anchor", lambda raw: anchor)
+    options = RAW if case == "softplus" else {**RAW, "lower_bound": -5.0} if case in ("near", "lower bound") else {}
+    return x, options
+
+
+def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> list[Tensor]:
+    """Let float32 go the way of bfloat16; return a list that collects which slices of chunks are far."""
+    from hybrid_flex.kernels.kda import chunk
+
+    far: list[Tensor] = []
+    prepare = chunk._prepare
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        work = prepare(*args, **kwargs)
+        far.append(work.far)
+        return work
+
+    monkeypatch.setattr(chunk, "_prepare", spy)
+    monkeypatch.setattr(chunk, "_anchor", lambda raw: {"ANCHOR": True, "SAFE": "lower_bound" in options})
+    return far
+
+
+@pytest.mark.parametrize("case", ["near", "one far channel", "lower bound", "softplus", "resets"])
+def test_anchors(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of bfloat16, in float32: one anchor for a chunk, far rows by tiles, and rows that must take the tree."""
+    x, options = anchored_inputs(case)
+    far = force_anchor(monkeypatch, options)
     got, want = both(x, device, options, None, False, 64)
+    slices = far[-1].bool()  # [3 chunks * 2 heads, 2 slices of K]
+    if case == "near":
+        assert not slices.any()
+    elif case == "one far channel":
+        assert slices.nonzero().tolist() == [[0, 1], [2, 1]]
+    else:
+        assert slices.any()
     # Behind a reset the initial state has no gradient at all.
     errors = {n: ((got[n].double() - want[n]).norm() / want[n].norm().clamp(min=1e-3)).item() for n in want}
     assert not [name for name in want if not errors[name] < 5e-5], errors
+
+
+@pytest.mark.parametrize("token", [0, 20, 63])
+def test_far_rows_keep_causality(token: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that becomes far, and makes its chunk take other steps, changes no bit of the rows before it."""
+    from hybrid_flex.kernels.kda import chunk
+
+    x, _ = anchored_inputs("one far channel")
+    x["g"][:, :, 0, 70] = -0.5
+    x = {name: t.to(device) for name, t in x.items()}
+    force_anchor(monkeypatch, {})
+    outputs = []
+    for value in (-0.5, -30.0, -1000.0):
+        x["g"][:, token:, :, 70:] = value
+        raw = Raw(*(x.get(name) for name in NAMES[:7]), False, False, False, False, None)
+        outputs.append(chunk.forward(raw, x["initial_state"], None, 0.1, False, 64)[0])
+    for o in outputs[1:]:
+        assert torch.equal(o[:, :token], outputs[0][:, :token]) and not torch.equal(o, outputs[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
