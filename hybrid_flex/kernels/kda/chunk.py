@@ -22,6 +22,7 @@ from .gradients import near_inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
 from .prepare import prepare_kernel
 from .scan import scan_backward_kernel, scan_kernel
+from .segments import Segments, cut, join_gradients, join_states, num_segments
 
 # NOTE [Slices of 64]
 # Kernels of 4 warps and 64 rows work on 64 columns of K or V at a time: with more, registers spill.  Not fewer either,
@@ -164,28 +165,80 @@ def _stages(plan: _Plan) -> int:
     return next((n for n in (3, 2) if n * stage_bytes + fixed_bytes <= limit_bytes), 1)
 
 
-def _scan_arguments(plan: _Plan) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
+def _segments(plan: _Plan) -> Segments | None:
+    """Cut sequences into segments where scans of whole ones would leave most of the device idle."""
+    device, shape = plan.raw.q.device, plan.raw.q.shape
+    # A graph of any length cannot choose by it.
+    if plan.map is not None or device.type != "cuda" or not all(isinstance(n, int) for n in shape[:2]):
+        return None
+    blocks = plan.num_sequences * plan.sizes["HV"] * (plan.sizes["WV"] // SLICE)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    count = num_segments(blocks, plan.chunks_per_sequence, processors)
+    return None if count == 1 else cut(shape[0], shape[1], plan.sizes["C"], count, device)
+
+
+def _scan_arguments(plan: _Plan, segments: Segments | None) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
     """Return trailing positional arguments, keywords and the grid that both scans take."""
     sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
-    sequences, stages = plan.num_sequences * sizes["HV"], _stages(plan)
-    tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
+    stages = _stages(plan)
+    if segments is None:
+        num, packed = plan.num_sequences, plan.gate["PACKED"]
+        tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
+    else:
+        num, packed, tensors = plan.num_sequences * segments.per_sequence, True, [segments.bounds, segments.first]
     positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence]
-    keywords = {**sizes, "BV": SLICE, "PACKED": plan.gate["PACKED"], "PRECISION": plan.gate["PRECISION"]}
+    keywords = {**sizes, "BV": SLICE, "PACKED": packed, "PRECISION": plan.gate["PRECISION"]}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
-    return positional, keywords, (sizes["WV"] // SLICE, sequences)
+    return positional, keywords, (sizes["WV"] // SLICE, num * sizes["HV"])
 
 
 def _scan(
-    plan: _Plan, work: _Workspace, initial: Tensor | None, state_v_first: bool, o: Tensor | None, final: Tensor | None,
-    states: Tensor | None, y: Tensor | None,
+    plan: _Plan, work: _Workspace, segments: Segments | None, initial: Tensor | None, v_first: bool, *,
+    o: Tensor | None = None, final: Tensor | None = None, states: Tensor | None = None, y: Tensor | None = None,
+    transition: bool = False,
 ) -> None:  # fmt: skip
-    """Run the scan forward, and leave the states and y where there is room for them."""
-    positional, keywords, grid = _scan_arguments(plan)
+    """Run the scan forward, and leave its results where there is room for them."""
+    positional, keywords, grid = _scan_arguments(plan, segments)
+    if transition:
+        keywords |= {"V": keywords["K"], "WV": keywords["BK"]}
+        grid = (keywords["BK"] // SLICE, grid[1])
     launchable(scan_kernel)[grid](
         work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength,
         *_or_q(plan, initial, o, final, states, y), *positional, **keywords, HAS_INITIAL=initial is not None,
-        V_FIRST=state_v_first, WRITE_O=o is not None, WRITE_FINAL=final is not None, WRITE_STATES=states is not None,
+        V_FIRST=v_first, TRANSITION=transition, WRITE_O=o is not None, WRITE_FINAL=final is not None,
+        WRITE_STATES=states is not None,
     )  # fmt: skip
+
+
+def _scan_backward(
+    plan: _Plan, work: _Workspace, segments: Segments | None, d_o: Tensor, d_final: Tensor | None, v_first: bool, *,
+    d_states: Tensor | None = None, dv_new: Tensor | None = None, d_initial: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Run the scan back, and leave its results where there is room for them."""
+    positional, keywords, grid = _scan_arguments(plan, segments)
+    launchable(scan_backward_kernel)[grid](
+        d_o, *_or_q(plan, d_final), work.qg, work.kg, work.w, work.Aqk, work.total, work.strength,
+        *_or_q(plan, d_states, dv_new, d_initial), *positional, **keywords, HAS_FINAL=d_final is not None,
+        HAS_INITIAL=d_initial is not None, V_FIRST=v_first, WRITE_STATES=d_states is not None,
+    )  # fmt: skip
+
+
+def _room(plan: _Plan, segments: Segments | None, v_first: bool, square: bool = False) -> Tensor:
+    """Return memory for one state of each sequence ``[N, HV, K, V]``, or each segment ``[N, segments, HV, K, V]``."""
+    HV, K, V = (plan.sizes[name] for name in ("HV", "K", "V"))
+    dims = (K, K) if square else (V, K) if v_first else (K, V)
+    lead = (plan.num_sequences,) if segments is None else (plan.num_sequences, segments.per_sequence)
+    return torch.empty((*lead, HV, *dims), dtype=torch.float32, device=plan.raw.q.device)
+
+
+def _beginnings(
+    plan: _Plan, work: _Workspace, segments: Segments, initial: Tensor | None, v_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Return M of every segment, and the state that it begins with: NOTE [Segments] in scan.py."""
+    M, N = _room(plan, segments, False, square=True), _room(plan, segments, v_first)
+    _scan(plan, work, segments, None, False, final=M, transition=True)
+    _scan(plan, work, segments, None, v_first, final=N)
+    return M, join_states(M, N, initial, v_first)
 
 
 @on_its_device
@@ -195,14 +248,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute o ``[B, T, HV, V]`` and the final state; arguments as those of the operator ``chunk_kda``."""
     plan = _plan(raw, cu_seqlens, chunk_size)
-    HV, V, K = (plan.sizes[name] for name in ("HV", "V", "K"))
     o = raw.v.new_empty(raw.v.shape)
-    dims = (V, K) if state_v_first else (K, V)
-    final = torch.empty((plan.num_sequences, HV, *dims), dtype=torch.float32, device=raw.q.device)
     initial_state = None if initial_state is None else initial_state.contiguous()
+    segments = _segments(plan)
+    final = _room(plan, segments, state_v_first)
     work = _prepare(plan, scale, for_backward=False)
-    _scan(plan, work, initial_state, state_v_first, o, final, None, None)
-    return o, final
+    if segments is not None:
+        _, initial_state = _beginnings(plan, work, segments, initial_state, state_v_first)
+    _scan(plan, work, segments, initial_state, state_v_first, o=o, final=final)
+    return o, final if segments is None else final[:, -1].contiguous()
 
 
 @on_its_device
@@ -220,18 +274,28 @@ def backward(
     initial_state = None if initial_state is None else initial_state.contiguous()
 
     work = _prepare(plan, scale, for_backward=True)
+    segments = _segments(plan)
+    M, begin = None, initial_state
+    if segments is not None:
+        M, begin = _beginnings(plan, work, segments, initial_state, state_v_first)
     states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
     y = torch.empty_like(work.u)
-    _scan(plan, work, initial_state, state_v_first, None, None, states, y)
+    _scan(plan, work, segments, begin, state_v_first, states=states, y=y)
     work = work._replace(u=y)  # u's memory serves what follows
 
+    if segments is not None and M is not None:
+        R = _room(plan, segments, state_v_first)
+        _scan_backward(plan, work, segments, d_o, None, state_v_first, d_initial=R)
+        d_final = join_gradients(M, R, d_final, state_v_first)
     d_states, dv_new = torch.empty_like(states), torch.empty_like(y)
-    d_initial = raw.q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    positional, keywords, grid = _scan_arguments(plan)
-    launchable(scan_backward_kernel)[grid](
-        d_o, d_final, work.qg, work.kg, work.w, work.Aqk, work.total, work.strength, d_states, dv_new, d_initial,
-        *positional, **keywords, HAS_INITIAL=initial_state is not None, V_FIRST=state_v_first,
-    )  # fmt: skip
+    d_initial = None if initial_state is None else _room(plan, segments, state_v_first)
+    _scan_backward(
+        plan, work, segments, d_o, d_final, state_v_first, d_states=d_states, dv_new=dv_new, d_initial=d_initial
+    )
+    if d_initial is None:
+        d_initial = raw.q.new_empty(0)
+    elif segments is not None:
+        d_initial = d_initial[:, 0].contiguous()
     A, kk, total, strength, norms, far = work.A, work.kk, work.total, work.strength, work.norms, work.far
     high, low = work.qg, work.kg  # what stood there has been read
     del work  # its memory serves the gradients

@@ -8,6 +8,15 @@ Per sequence, value head and slice of V, with the workspace of prepare.py:
                 dS <- Diag(total) dS + qg^T do - w^T dy
 
 S and dS stay in float32 registers; dS is the gradient of the state after the chunk.
+
+# NOTE [Segments]
+With few heads a sequence is cut into segments that are scanned side by side.  What a segment does to the state is an
+affine map, and so is what it does to the gradient:
+
+    S_out = M S_in + N          dS_in = M^T dS_out + R
+
+N and R come from scans that begin with zero, M from one that begins with the identity and without u.  The maps are
+joined in order, `join_states` in segments.py; then every segment is scanned with the state it begins with.
 """
 
 from __future__ import annotations
@@ -47,10 +56,13 @@ def scan_kernel(
     p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_initial, p_o, p_final, p_states, p_y, p_cu_seqlens,
     p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
-    WRITE_O: tl.constexpr, WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    TRANSITION: tl.constexpr, WRITE_O: tl.constexpr, WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks."""
+    """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks.
+
+    With TRANSITION it carries the identity, without u, and V is K: NOTE [Segments].
+    """
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
     i_n, i_head = i_nh // HV, i_nh % HV
     if PACKED:
@@ -59,14 +71,19 @@ def scan_kernel(
     else:
         token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
     DT: tl.constexpr = p_w.dtype.element_ty
-    if HAS_INITIAL:
+    if TRANSITION:
+        b_S = tl.where(tl.arange(0, BK)[:, None] == i_v * BV + tl.arange(0, BV)[None, :], 1.0, 0.0)
+    elif HAS_INITIAL:
         b_S = load_state(p_initial, i_nh, i_v, K, V, BK, BV, V_FIRST)
     else:
         b_S = tl.zeros((BK, BV), dtype=tl.float32)
     for i in tl.range((length + C - 1) // C, num_stages=STAGES):
         i_block = (chunk + i) * HV + i_head
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
-        b_u = tl.load(block_pointers(p_u, i_block, i_v, C, WV, BV))
+        if not TRANSITION:
+            b_u = tl.load(block_pointers(p_u, i_block, i_v, C, WV, BV)).to(tl.float32)
+        else:
+            b_u = tl.zeros((C, BV), dtype=tl.float32)
         b_kg = tl.load(block_pointers(p_kg, i_block, 0, C, BK, BK))
         b_total = exp2(tl.load(p_total + i_block * BK + tl.arange(0, BK)))
         b_S16 = b_S.to(DT)
@@ -91,8 +108,8 @@ def scan_kernel(
 def scan_backward_kernel(
     p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
     p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state of one sequence and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0), tl.program_id(1)
@@ -103,7 +120,10 @@ def scan_backward_kernel(
     else:
         token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
     DT: tl.constexpr = p_w.dtype.element_ty
-    b_dS = load_state(p_d_final, i_nh, i_v, K, V, BK, BV, V_FIRST)
+    if HAS_FINAL:
+        b_dS = load_state(p_d_final, i_nh, i_v, K, V, BK, BV, V_FIRST)
+    else:
+        b_dS = tl.zeros((BK, BV), dtype=tl.float32)
     for step in tl.range((length + C - 1) // C, num_stages=STAGES):
         i = (length + C - 1) // C - 1 - step
         i_block = (chunk + i) * HV + i_head
@@ -111,10 +131,12 @@ def scan_backward_kernel(
         b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))
         b_do = load_rows(p_do, token + i * C, length - i * C, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_dS16 = b_dS.to(DT)
-        tl.store(block_pointers(p_d_states, i_block, i_v, BK, WV, BV), b_dS16)
+        if WRITE_STATES:
+            tl.store(block_pointers(p_d_states, i_block, i_v, BK, WV, BV), b_dS16)
         b_dv = tl.dot(tl.trans(b_Aqk), b_do, input_precision=PRECISION)
         b_dv = tl.dot(b_kg, b_dS16, b_dv, input_precision=PRECISION)
-        tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv.to(DT))
+        if WRITE_STATES:
+            tl.store(block_pointers(p_dv_new, i_block, i_v, C, WV, BV), b_dv.to(DT))
         b_dy = (b_dv * tl.load(p_strength + i_block * C + tl.arange(0, C))[:, None]).to(DT)
         b_total = exp2(tl.load(p_total + i_block * BK + tl.arange(0, BK)))
         b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))

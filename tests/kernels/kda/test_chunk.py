@@ -139,6 +139,19 @@ def test_anchors(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not [name for name in want if not errors[name] < 5e-5], errors
 
 
+@pytest.mark.parametrize("v_first", [False, True], ids=["k first", "v first"])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_segments(count: int, v_first: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences cut into segments: the last one shorter, their states and gradients joined."""
+    from hybrid_flex.kernels.kda import chunk
+
+    x = make(2, 75, 1, 2, 48, 24, 2, True, torch.float32)
+    monkeypatch.setattr(chunk, "_segments", lambda plan: chunk.cut(2, 75, plan.sizes["C"], count, torch.device(device)))
+    got, want = both(x, device, RAW, None, v_first, 16)
+    errors = {name: ((got[name].double() - want[name]).norm() / want[name].norm()).item() for name in want}
+    assert not [name for name in want if not errors[name] < 2e-5], errors
+
+
 @pytest.mark.parametrize("token", [0, 20, 63])
 def test_far_rows_keep_causality(token: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that becomes far, and makes its chunk take other steps, changes no bit of the rows before it."""

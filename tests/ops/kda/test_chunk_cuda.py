@@ -104,6 +104,22 @@ def test_packed(dtype: torch.dtype) -> None:
     check(x, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=dtype), state_v_first=True, **LOWER)
 
 
+@pytest.mark.parametrize("options", [LOWER, RAW], ids=["lower-bound", "softplus"])
+@pytest.mark.parametrize("v_first", [False, True], ids=["k first", "v first"])
+def test_segments(v_first: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One head and a long sequence: it is cut into segments that are scanned side by side."""
+    from hybrid_flex.kernels.kda import chunk
+
+    cuts = []
+    cut = chunk.cut
+    monkeypatch.setattr(chunk, "cut", lambda *args: cuts.append(args) or cut(*args))
+    x = inputs(1, 8200, 1, 1, 128, 64, torch.bfloat16)
+    if v_first:
+        x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
+    check(x, state_v_first=v_first, **options)
+    assert len(cuts) == 2  # forward and backward
+
+
 @pytest.mark.parametrize("kind", ["none", "reset", "mixed", "beta 0", "beta 1", "k 0"])
 def test_extremes(kind: str) -> None:
     x = {name: t.detach() for name, t in inputs(1, 200, 2, 2, 128, 128, torch.bfloat16, raw=False).items()}
