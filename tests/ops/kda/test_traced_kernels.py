@@ -104,8 +104,19 @@ def test_chunk_kda(dynamic: bool, packed: bool, options: dict[str, Any], dtype: 
         assert final is not None
         return o.float().sum() + final.sum()
 
-    # Forward: prepare, scan.  Backward: prepare, scan, scan back, triangle, inputs.  Packed: where chunks lie, twice.
-    check_writes(joint_graph(loss, q, k, v, g, beta), 9 if packed else 7)
+    # Forward: prepare, scan.  Backward: prepare, scan, scan back, triangle, inputs; in bfloat16 inputs of near and of
+    # far chunks.  Packed: where chunks lie, twice.
+    check_writes(joint_graph(loss, q, k, v, g, beta), 7 + (dtype == torch.bfloat16) + 2 * packed)
+
+
+def test_chunk_kda_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hybrid_flex.kernels.kda import chunk
+
+    monkeypatch.setattr(chunk, "_segments", lambda plan: chunk.cut(1, 256, 64, 2, torch.device("cpu")))
+    x = [torch.randn(1, 256, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+    beta = torch.rand(1, 256, 2, dtype=torch.bfloat16, requires_grad=True)
+    # Two more scans forward, three more in the backward.
+    check_writes(joint_graph(lambda *x: chunk_kda(*x)[0].float().sum(), *x, beta), 8 + 5)
 
 
 def test_short_conv() -> None:
