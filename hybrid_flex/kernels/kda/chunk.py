@@ -274,19 +274,17 @@ def backward(
     initial_state = None if initial_state is None else initial_state.contiguous()
 
     work = _prepare(plan, scale, for_backward=True)
-    segments = _segments(plan)
-    M, begin = None, initial_state
+    segments, begin = _segments(plan), initial_state
     if segments is not None:
         M, begin = _beginnings(plan, work, segments, initial_state, state_v_first)
+        R = _room(plan, segments, state_v_first)
+        _scan_backward(plan, work, segments, d_o, None, state_v_first, d_initial=R)
+        d_final = join_gradients(M, R, d_final, state_v_first)
     states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
     y = torch.empty_like(work.u)
     _scan(plan, work, segments, begin, state_v_first, states=states, y=y)
     work = work._replace(u=y)  # u's memory serves what follows
 
-    if segments is not None and M is not None:
-        R = _room(plan, segments, state_v_first)
-        _scan_backward(plan, work, segments, d_o, None, state_v_first, d_initial=R)
-        d_final = join_gradients(M, R, d_final, state_v_first)
     d_states, dv_new = torch.empty_like(states), torch.empty_like(y)
     d_initial = None if initial_state is None else _room(plan, segments, state_v_first)
     _scan_backward(

@@ -121,14 +121,10 @@ def test_chunk_kda_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_short_conv() -> None:
     x, weight = torch.randn(1, 50, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)
-    graph = joint_graph(lambda x, weight: short_conv(x, weight)[0].sum(), x, weight)
-    check_writes(graph, len(kernels(graph)))
-    assert len(kernels(graph)) >= 2
+    check_writes(joint_graph(lambda x, weight: short_conv(x, weight)[0].sum(), x, weight), 2)
 
 
 def test_gated_rms_norm() -> None:
     x, gate = (torch.randn(1, 50, 2, 32, requires_grad=True) for _ in range(2))
     weight = torch.ones(32, requires_grad=True)
-    graph = joint_graph(lambda *x: gated_rms_norm(*x).sum(), x, gate, weight)
-    check_writes(graph, len(kernels(graph)))
-    assert len(kernels(graph)) >= 2
+    check_writes(joint_graph(lambda *x: gated_rms_norm(*x).sum(), x, gate, weight), 2)
