@@ -177,8 +177,8 @@ def _segments(plan: _Plan) -> Segments | None:
     return None if count == 1 else cut(shape[0], shape[1], plan.sizes["C"], count, device)
 
 
-def _scan_arguments(plan: _Plan, segments: Segments | None) -> tuple[list[Any], dict[str, Any], tuple[int, int]]:
-    """Return trailing positional arguments, keywords and the grid that both scans take."""
+def _scan_arguments(plan: _Plan, segments: Segments | None) -> tuple[list[Any], dict[str, Any], int]:
+    """Return trailing positional arguments and keywords that both scans take, and how many states there are."""
     sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
     stages = _stages(plan)
     if segments is None:
@@ -189,7 +189,7 @@ def _scan_arguments(plan: _Plan, segments: Segments | None) -> tuple[list[Any], 
     positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence]
     keywords = {**sizes, "BV": SLICE, "PACKED": packed, "PRECISION": plan.gate["PRECISION"]}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
-    return positional, keywords, (sizes["WV"] // SLICE, num * sizes["HV"])
+    return positional, keywords, num * sizes["HV"]
 
 
 def _scan(
@@ -198,11 +198,10 @@ def _scan(
     transition: bool = False,
 ) -> None:  # fmt: skip
     """Run the scan forward, and leave its results where there is room for them."""
-    positional, keywords, grid = _scan_arguments(plan, segments)
+    positional, keywords, num_states = _scan_arguments(plan, segments)
     if transition:
         keywords |= {"V": keywords["K"], "WV": keywords["BK"]}
-        grid = (keywords["BK"] // SLICE, grid[1])
-    launchable(scan_kernel)[grid](
+    launchable(scan_kernel)[(keywords["WV"] // SLICE * num_states,)](
         work.qg, work.kg, work.w, work.u, work.Aqk, work.total, work.strength,
         *_or_q(plan, initial, o, final, states, y), *positional, **keywords, HAS_INITIAL=initial is not None,
         V_FIRST=v_first, TRANSITION=transition, WRITE_O=o is not None, WRITE_FINAL=final is not None,
@@ -215,8 +214,8 @@ def _scan_backward(
     d_states: Tensor | None = None, dv_new: Tensor | None = None, d_initial: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run the scan back, and leave its results where there is room for them."""
-    positional, keywords, grid = _scan_arguments(plan, segments)
-    launchable(scan_backward_kernel)[grid](
+    positional, keywords, num_states = _scan_arguments(plan, segments)
+    launchable(scan_backward_kernel)[(keywords["WV"] // SLICE * num_states,)](
         d_o, *_or_q(plan, d_final), work.qg, work.kg, work.w, work.Aqk, work.total, work.strength,
         *_or_q(plan, d_states, dv_new, d_initial), *positional, **keywords, HAS_FINAL=d_final is not None,
         HAS_INITIAL=d_initial is not None, V_FIRST=v_first, WRITE_STATES=d_states is not None,
@@ -314,7 +313,7 @@ def backward(
     d_bias = torch.empty((blocks, BK), dtype=torch.float32, device=device)
     tensors = [d_o, raw.q, raw.k, raw.g, dv, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan), plan.table]
     chunk_tensors, gradients = (states, d_states, y, dAqk, dKK, along), (dq, dk, dg, d_slope, d_bias)
-    numbers, grid = (scale, raw.lower_bound or 0.0, T, NT), (blocks, BK // SLICE)
+    numbers, grid = (scale, raw.lower_bound or 0.0, T, NT), (blocks * (BK // SLICE),)
     if keywords["ANCHOR"]:
         launchable(near_inputs_kernel)[grid](
             *tensors, total, strength, norms, far, *chunk_tensors, *gradients, *numbers,

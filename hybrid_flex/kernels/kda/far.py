@@ -85,8 +85,9 @@ def far_inputs_kernel(
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do what `near_inputs_kernel` does, for a slice of K that has far rows; without anchors, for all."""
-    i_block = tl.program_id(0).to(tl.int64)
-    i_chunk, i_head, i_s = tl.program_id(0) // HV, tl.program_id(0) % HV, tl.program_id(1)
+    # Slices of one chunk run side by side: they share what they load.
+    i_block, i_s = tl.program_id(0) // (BK // SK), tl.program_id(0) % (BK // SK)
+    i_chunk, i_head, i_block = i_block // HV, i_block % HV, i_block.to(tl.int64)
     if PACKED:
         token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
     else:

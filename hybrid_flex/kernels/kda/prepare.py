@@ -37,6 +37,7 @@ from .decay import (
     meets,
     needs_tree,
     opaque_zero,
+    reciprocal,
     row_decay,
     sigmoid,
     split,
@@ -178,17 +179,19 @@ def far_pairs(
 
 
 @triton.jit
-def unit_inverse(b_L, C: tl.constexpr, PRECISION: tl.constexpr):
+def unit_inverse(b_L, C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr):
     """Return ``(I + L)^-1`` of a strictly lower triangular matrix [C, C]: NOTE [Block inverse].
 
     X is block diagonal, so the blocks of X L X between neighbours are those of X B X: the mask comes last.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     b_X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -b_L, 0.0))
+    b_L = cast(b_L, DT)
     for level in range(1, 6 if C == 64 else 5 if C == 32 else 4):
-        b_LX = tl.dot(b_L, b_X, input_precision=PRECISION)
-        b_XLX = tl.dot(b_X, b_LX, input_precision=PRECISION)
-        b_X -= tl.where(((i ^ j) >> level) == 1, b_XLX, 0.0)
+        b_x = cast(b_X, DT)
+        b_Lx = cast(tl.dot(b_L, b_x, input_precision=PRECISION), DT)
+        b_xLx = tl.dot(b_x, b_Lx, input_precision=PRECISION)
+        b_X -= tl.where(((i ^ j) >> level) == 1, b_xLx, 0.0)
     return b_X
 
 
@@ -232,54 +235,65 @@ def prepare_kernel(
     b_kk = tl.zeros((C, C), dtype=tl.float32)
     for i_s in range(BK // SK):
         first = i_s * SK
-        b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
+        z, slope, b_g = load_gate(  # a loop of Triton has no throw-away names
             p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
             first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        b_one = load_matrix(p_table, C // 16 + ONE, C)
-        b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
-        b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
-        zero = opaque_zero("sums", i_s)
+        zero = opaque_zero("decay", i_s)
         b_c = sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low)
-        i_k = first + tl.arange(0, SK)[None, :]
-        tl.store(p_total + i_block * BK + i_k + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
+        i_k = first + tl.arange(0, SK)
+        tl.store(p_total + i_block * BK + i_k[None, :] + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
+        zero = opaque_zero("q and k", i_s)
+        b_one = load_matrix(p_table, C // 16 + ONE + zero, C)
+        b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)), DT)
+        b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
         if ANCHOR:
             far = is_far(tl.min(tl.min(b_c, 1), 0)).to(tl.int32)
             if FOR_BACKWARD:
                 tl.store(p_far + i_block * (BK // SK) + i_s, far)
             b_row, b_col = anchor_decay(b_c)
             b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, i >= j, zero, DT, PRECISION)
-            b_P = b_row * 2.0**-80
+            unit = 2.0**-80
         else:
             far = 1
-            b_P = exp2(b_c)
-        b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_P
+            b_row = exp2(b_c)
+            unit = 1.0
+        zero = opaque_zero("rows", i_s)
+        b_qg = widen(b_q, zero) * (b_rq * (scale * unit))[:, None] * b_row
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
-        b_k32 = widen(b_k, zero) * b_rk[:, None]
-        tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_k32 * b_P, DT))
+        zero = opaque_zero("rows of k", i_s)
+        b_Pk = widen(b_k, zero) * (b_rk * unit)[:, None] * b_row
+        tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT))
+        tl.debug_barrier()  # the decay of the whole chunk has been stored
+        if ANCHOR:  # E_j = 2^80 total col_j
+            zero = opaque_zero("columns of k", i_s)
+            b_total = exp2(tl.load(p_total + (i_block + zero) * BK + i_k) + 80.0)
+            b_kg = widen(b_k, zero) * b_rk[:, None] * reciprocal(b_row) * b_total[None, :]
+            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
         if far != 0:
             b_qk, b_kk = far_pairs(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
-        zero = opaque_zero("to the end", i_s)
-        b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
-        b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
-        tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
+            zero = opaque_zero("far columns", i_s)
+            b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
+            tl.debug_barrier()  # what stood there has been stored
+            b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
+            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
 
+    # What the inverse will meet is on its way before it is begun.
+    tl.debug_barrier()  # P k has been stored
+    b_Pk = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
+    b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
     # The norms are factors of rows and columns: they are applied to the products, which are smaller.
     store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
     b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
     if FOR_BACKWARD and not SIGMOID:
         store_block(p_kk, b_kk, i_block, C, C)
     b_beta = tl.load(p_strength)  # barriers have passed since it was stored
-    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, PRECISION), DT)
+    HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
+    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), DT)
     if FOR_BACKWARD:
         store_block(p_A, b_A, i_block, C, C)
-    for i_s in range(BK // SK):
-        b_k = tl.load(block_pointers(p_w, i_block, i_s, C, BK, SK))
-        b_w = tl.dot(b_A, b_k, input_precision=PRECISION)
-        tl.debug_barrier()  # every thread has read what is now overwritten
-        tl.store(block_pointers(p_w, i_block, i_s, C, BK, SK), cast(b_w, DT))
-    for i_v in range(WV // BV):
-        b_v = load_rows(p_v, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
-        b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
-        tl.store(block_pointers(p_u, i_block, i_v, C, WV, BV), cast(b_u, DT))
+    b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
+    tl.store(block_pointers(p_u, i_block, 0, C, WV, WV), cast(b_u, DT))
+    b_w = tl.dot(b_A, b_Pk, input_precision=PRECISION)
+    tl.store(block_pointers(p_w, i_block, 0, C, BK, BK), cast(b_w, DT))

@@ -63,7 +63,7 @@ def scan_kernel(
 
     With TRANSITION it carries the identity, without u, and V is K: NOTE [Segments].
     """
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
     i_n, i_head = i_nh // HV, i_nh % HV
     if PACKED:
         token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)
@@ -112,7 +112,7 @@ def scan_backward_kernel(
     V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state of one sequence and value head back through the chunks."""
-    i_v, i_nh = tl.program_id(0), tl.program_id(1)
+    i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
     i_n, i_head = i_nh // HV, i_nh % HV
     if PACKED:
         token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)

@@ -104,6 +104,13 @@ def test_packed(dtype: torch.dtype) -> None:
     check(x, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=dtype), state_v_first=True, **LOWER)
 
 
+def test_more_states_than_the_second_dimension_of_a_grid_holds() -> None:
+    x = inputs(1, 300, 1, 1, 16, 16, torch.bfloat16, N=70_000)
+    ends = torch.arange(1, 70_001, device="cuda").clamp_(max=300)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    check(x, cu_seqlens=cu_seqlens, **LOWER)
+
+
 @pytest.mark.parametrize("options", [LOWER, RAW], ids=["lower-bound", "softplus"])
 @pytest.mark.parametrize("v_first", [False, True], ids=["k first", "v first"])
 def test_segments(v_first: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
