@@ -32,7 +32,8 @@ SLICE = 64
 
 
 class _Plan(NamedTuple):
-    """Sizes that every kernel of a call shares, and the arguments that say which gate and norms are inside."""
+    """Sizes that every kernel of a call shares, and the arguments that say which gate and norms are inside, and how
+    decays are anchored."""
 
     raw: Any
     """The operator's tensors q, k, v, g, beta, A_log, dt_bias, contiguous, and its flags."""
@@ -46,13 +47,16 @@ class _Plan(NamedTuple):
     gate: dict[str, Any]
 
 
+def _most_rows(width: int, element_size: int) -> int:
+    """Return how many rows of a chunk one block of threads can hold in shared memory and registers."""
+    row_bytes = width * element_size
+    return 16 if row_bytes > 512 else 32 if row_bytes > 256 or element_size > 2 else 64
+
+
 def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     (B, T), (H, K, HV, V) = raw.q.shape[:2], (int(n) for n in (*raw.q.shape[2:], *raw.v.shape[2:]))
     BK, WV = max(SLICE, triton.next_power_of_2(K)), max(SLICE, triton.next_power_of_2(V))
-    # Shared memory and registers of one block of threads hold this many rows; the result is the same function.
-    row_bytes = max(BK, WV) * raw.q.element_size()
-    largest = 16 if row_bytes > 512 else 32 if row_bytes > 256 or raw.q.element_size() > 2 else 64
-    C = min(chunk_size, largest)
+    C = min(chunk_size, _most_rows(max(BK, WV), raw.q.element_size()))
     raw = raw._replace(
         **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
         A_log=None if raw.A_log is None else raw.A_log.contiguous(),
@@ -79,14 +83,16 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
         "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
     }
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
-    table = exponent_table(C, raw.q)
+    gate |= _anchor(raw, C)
+    table = exponent_table(C, gate["TILE"], raw.q)
     return _Plan(raw, cu_seqlens, places, table, N, num_chunks, NT, sizes, gate)
 
 
-def _anchor(raw: Any) -> dict[str, bool]:
-    """Tell whether chunks and tiles may take one anchor, and whether a tile always does: NOTE [Tile anchor]."""
+def _anchor(raw: Any, C: int) -> dict[str, Any]:
+    """Tell whether chunks and tiles may take one anchor, whether a tile always does, and its rows: NOTE [Tile anchor]."""
     anchor = raw.q.dtype == torch.bfloat16
-    return {"ANCHOR": anchor, "SAFE": anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7}
+    safe = anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7
+    return {"ANCHOR": anchor, "SAFE": safe, "TILE": min(C, 32) if anchor and not safe else 16}
 
 
 class _Workspace(NamedTuple):
@@ -129,7 +135,7 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
         plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
-        **sizes, SK=SLICE, BV=SLICE, **plan.gate, **_anchor(raw), FOR_BACKWARD=for_backward,
+        **sizes, SK=SLICE, BV=SLICE, **plan.gate, FOR_BACKWARD=for_backward,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
@@ -301,7 +307,7 @@ def backward(
     along = torch.empty((blocks, 2, C), dtype=torch.float32, device=device)
     dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
     T, NT = raw.q.shape[1], plan.chunks_per_sequence
-    keywords = {**sizes, **plan.gate, **_anchor(raw), "SK": SLICE, "BV": SLICE}
+    keywords = {**sizes, **plan.gate, "SK": SLICE, "BV": SLICE}
     launchable(triangle_kernel)[(blocks,)](
         d_o, o, raw.v, *_places(plan), strength, A, kk, y, dv_new, dv, d_beta, dAqk, dKK, along, T, NT,
         **_only(triangle_kernel, keywords), STAGES=2, num_warps=4, num_stages=2,

@@ -16,8 +16,8 @@ NOTE [Row tiles] in the backward, which are left out where no row of the chunk i
 channel depends on rows up to it only, so causality holds bit for bit.  Only bfloat16 has the range for this.
 
 # NOTE [Row tiles]
-A chunk is C / 16 tiles of rows.  With far rows, the backward lets rows i of tile I meet all rows j <= i of the chunk in
-one step,
+A chunk is divided into tiles of 16 or 32 rows.  With far rows, the backward lets rows i of tile I meet all rows j <= i
+of the chunk in one step,
 
     D_ij = row_i * col_j        row_i = 2^c_i        col_j = 2^(sum after j to the tile's start)   j before tile I
                                                      col_j = 2^-c_j                                j in tile I
@@ -27,23 +27,26 @@ and each step adds to sums that stay in place.
 
 # NOTE [Levels]
 The forward takes fewer steps for far rows, each with factors of its own: pairs inside tiles first, then pairs of rows
-in neighbouring tiles, then in neighbouring pairs of tiles.  In the last two, row = 2^x and col = 2^x with x the sum
-between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96, all rows this way, the
+in neighbouring tiles, then (of 16 rows) in neighbouring pairs of tiles.  In the last two, row = 2^x and col = 2^x with x
+the sum between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96, all rows this way, the
 kernel takes 1.66 ms so and 1.90 ms by row tiles.
 
 # NOTE [Tile anchor]
 Inside a tile col_j grows.  A factor of 2^56 on rows and 2^-56 on columns puts the middle of float32's range where c is
--56, so both are numbers of float32, bfloat16 and tf32 while -c stays below 172 (the lower-bound gate with -5 allows
-16 * 5 * log2 e = 115.4).  Where c_i is below that in a channel, row_i is taken as zero there: what the row receives
-from other tiles is below 2^-172, and what it receives inside its tile comes from a tree of five steps more, whose
-exponents are never positive, whatever the gate:
+-56, so both are numbers of float32, bfloat16 and tf32 while -c stays below 172.  Where c_i is below that in a channel,
+row_i is taken as zero there: what the row receives from other tiles is below 2^-172, and what it receives inside its
+tile comes from a tree of steps more, whose exponents are never positive, whatever the gate:
 
     diagonal        i = j                                             row = 1        col = 1
     level l         i, j in neighbouring blocks of 2^l rows           row = 2^x      col = 2^x
 
-x is the sum between a row and the boundary of its block with its neighbour, l = 0 ... 3.  A row that takes the tree is
-far from the chunk's start, too, whatever the sums' rounding: -172 against -160.  float16 cannot hold the growing
-factors and always takes the tree inside tiles; float32 does so too, for its digits.
+x is the sum between a row and the boundary of its block with its neighbour, l = 0 ... 3 or 4.  A row that takes the
+tree is far from the chunk's start, too, whatever the sums' rounding: -172 against -160.  float16 cannot hold the
+growing factors and always takes the tree inside tiles; float32 does so too, for its digits.
+
+Where a gate's lower bound is -7 or above, no 16 rows reach -172 (16 * 7 * log2 e = 161.6): tiles have 16 rows, and
+kernels no tree.  Other gates have no such bound, and tiles of 32 rows, half as many: with random gates about a quarter
+of the chunks have far rows, but hardly any has a row below -172 within 32.
 
 # NOTE [Reset clamp]
 A log decay below -160 (bits; -110 nats) is taken as -160.  2^-160 is zero in float32 already, and every factor that
@@ -70,43 +73,43 @@ from hybrid_flex.checks import is_plain
 
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
-# Where matrices of the table stand after those for row tiles: `exponent_table`.
-ROWS, TREE = tl.constexpr(0), tl.constexpr(1)
-FROM_START, TO_END, FROM_ROW = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
-ONE = tl.constexpr(9)
+# Where matrices stand in the table: `exponent_table`.  Level l of blocks is number TREE + 1 + l.
+ROWS, FROM_START, TO_END, FROM_ROW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+ONE, TREE = tl.constexpr(4), tl.constexpr(5)
 
 
-def _exponent_table(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _exponent_table(C: int, tile_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     i, j = torch.arange(C, device=device)[:, None], torch.arange(C, device=device)[None, :]
-
-    def to_tile(tile: int) -> Tensor:
-        before = (i // 16 < tile) & (j > i) & (j // 16 < tile)
-        inside = (i // 16 == tile) & (j // 16 == tile) & (j <= i)
-        return before.int() - inside.int()
+    i_tile, j_tile = i // tile_rows, j // tile_rows
 
     def to_boundary(level: int) -> Tensor:
         return (i >> level == j >> level) & torch.where((i >> level) % 2 == 1, j <= i, j > i)
 
-    rows = [*map(to_tile, range(C // 16)), (i // 16 == j // 16) & (j <= i)]
-    rows += [(i < 0) & (j < 0), *map(to_boundary, range(4))]
-    rows += [j <= i, j > i, j >= i, i == j, *map(to_boundary, range(4, C.bit_length() - 1))]
-    return torch.stack([row.to(dtype) for row in rows])
+    def to_tile(tile: int) -> Tensor:
+        before = (i_tile < tile) & (j > i) & (j_tile < tile)
+        inside = (i_tile == tile) & (j_tile == tile) & (j <= i)
+        return before.int() - inside.int()
+
+    sums = [(i_tile == j_tile) & (j <= i), j <= i, j > i, j >= i, i == j, (i < 0) & (j < 0)]
+    sums += [*map(to_boundary, range(C.bit_length() - 1)), *map(to_tile, range(C // tile_rows))]
+    return torch.stack([matrix.to(dtype) for matrix in sums])
 
 
 _cached_exponent_table = functools.lru_cache(maxsize=None)(_exponent_table)
 
 
-def exponent_table(C: int, like: Tensor) -> Tensor:
-    """Return the matrices that sum log decays into exponents, ``[C / 16 + 10 + L, C, C]``, of zeros, ones, minus ones.
+def exponent_table(C: int, tile_rows: int, like: Tensor) -> Tensor:
+    """Return the matrices that sum log decays into exponents, ``[n, C, C]``, of zeros, ones, minus ones.
 
-    In this order: columns for each row tile and rows for all (NOTE [Row tiles]); diagonal and levels 0 to 3 (NOTE [Tile
-    anchor]); the sums from the chunk's start through each row, after each row to its end, from each row to its end;
-    one; and levels 4 and 5 (NOTE [Levels]).  They have the dtype and device of ``like``.
+    In this order: the sums from the start of each row's tile through the row (NOTE [Row tiles]); from the chunk's start
+    through each row, after each row to its end, from each row to its end; one; the diagonal and the levels of blocks
+    of 1, 2, 4 ... C / 2 rows (NOTE [Tile anchor], NOTE [Levels]); columns for each row tile.  They have the dtype and
+    device of ``like``.
     """
     # A graph that is traced or captured makes its own: it would own the memory of one that others use.
     is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
     make = _cached_exponent_table if is_plain(like) and not is_captured else _exponent_table
-    return make(C, like.dtype, like.device)
+    return make(C, tile_rows, like.dtype, like.device)
 
 
 @triton.jit

@@ -45,17 +45,16 @@ def load_parts(p_high, p_low, i_block, i_s, C: tl.constexpr, BK: tl.constexpr, S
 @triton.jit
 def tree_gradients(
     b_dq, b_dk, b_dG, b_q, b_k, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR: tl.constexpr,
-    C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, TILE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what pairs in the tree inside tiles give to q, k and dG: NOTE [Tile anchor]."""
-    TILES: tl.constexpr = C // 16
-    for step in range(5):
+    for step in range(6 if TILE == 32 else 5):
         b_dq, b_dk, b_dG = hold(b_dq, step), hold(b_dk, step), hold(b_dG, step)
         zero = opaque_zero("level of the tree", step)
-        b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
-        b_x = sum_rows(load_matrix(p_table, TILES + TREE + step + zero, C), b_high, b_low)
+        b_c = sum_rows(load_matrix(p_table, ROWS + zero, C), b_high, b_low)
+        b_x = sum_rows(load_matrix(p_table, TREE + step + zero, C), b_high, b_low)
         b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
-        b_one = load_matrix(p_table, TILES + ONE + zero, C)
+        b_one = load_matrix(p_table, ONE + zero, C)
         b_k32 = as_product(b_one, b_k) * b_rk[:, None]
         b_left, b_right = cast(b_k32 * b_col, DT), cast(b_k32 * b_row, DT)
         b_dxk = tl.where(meets(step, C, 1), tl.load(p_dkk), 0.0).to(DT)
@@ -82,7 +81,7 @@ def far_inputs_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Do what `near_inputs_kernel` does, for a slice of K that has far rows; without anchors, for all."""
     # Slices of one chunk run side by side: they share what they load.
@@ -113,12 +112,12 @@ def far_inputs_kernel(
         tl.debug_barrier()
         b_rq = tl.load(p_norms + i_block * (2 * C) + i_token) * scale
         b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_token)
-        TILES: tl.constexpr = C // 16
+        FIRST_TILE: tl.constexpr = TREE + (7 if C == 64 else 6 if C == 32 else 5)
 
         # Pairs: NOTE [Row tiles], NOTE [Pairs cancel].
         zero = opaque_zero("factors of rows")
         b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-        b_row = row_decay(sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low), ANCHOR, SAFE)
+        b_row = row_decay(sum_rows(load_matrix(p_table, ROWS + zero, C), b_high, b_low), ANCHOR, SAFE)
         b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK)
         b_right_q = cast(b_q * b_rq[:, None] * b_row, DT)
         b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK)
@@ -128,15 +127,15 @@ def far_inputs_kernel(
         b_dk = tl.zeros((C, SK), dtype=tl.float32)
         b_dG = tl.zeros((C, SK), dtype=tl.float32)
         zero = opaque_zero("pairs")
-        i_tile, j_tile = (tl.arange(0, C)[:, None] + zero) // 16, tl.arange(0, C)[None, :] // 16
+        i_tile, j_tile = (tl.arange(0, C)[:, None] + zero) // TILE, tl.arange(0, C)[None, :] // TILE
         p_dqk = block_pointers(p_dAqk, i_block + zero, 0, C, C, C)
         p_dkk = block_pointers(p_dKK, i_block + zero, 0, C, C, C)
         b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
         b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
-        for tile in range(TILES):
-            b_col = col_decay(sum_rows(load_matrix(p_table, tile, C), b_high, b_low), ANCHOR, SAFE)
+        for tile in range(C // TILE):
+            b_col = col_decay(sum_rows(load_matrix(p_table, FIRST_TILE + tile, C), b_high, b_low), ANCHOR, SAFE)
             # tile // 8 is zero, but not before the loop: there the product would be taken to stay in registers.
-            b_k = as_product(load_matrix(p_table, TILES + ONE + tile // 8, C), b_k16) * b_rk[:, None]
+            b_k = as_product(load_matrix(p_table, ONE + tile // 8, C), b_k16) * b_rk[:, None]
             b_left = cast(b_k * b_col, DT)
             m_pairs = i_tile == tile
             if not ANCHOR:  # pairs inside the tile are the tree's
@@ -151,7 +150,7 @@ def far_inputs_kernel(
             b_r = tl.dot(b_dkk, b_left, b_r, input_precision=PRECISION)
         zero = opaque_zero("after pairs")
         b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-        b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
+        b_c = sum_rows(load_matrix(p_table, ROWS + zero, C), b_high, b_low)
         if not SAFE:
             needs = needs_tree(b_c, ANCHOR)
         b_row = row_decay(b_c, ANCHOR, SAFE)
@@ -170,8 +169,8 @@ def far_inputs_kernel(
                 b_q16 = load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)
                 b_k16 = load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)
                 b_dq, b_dk, b_dG = tree_gradients(
-                    b_dq, b_dk, b_dG, b_q16, b_k16, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR, C, DT,
-                    PRECISION,
+                    b_dq, b_dk, b_dG, b_q16, b_k16, b_rq, b_rk, b_high, b_low, p_table, p_dqk, p_dkk, ANCHOR, C, TILE,
+                    DT, PRECISION,
                 )  # fmt: skip
 
         # Through the state, q: S do.
@@ -184,7 +183,7 @@ def far_inputs_kernel(
             b_r = tl.dot(b_do, tl.trans(b_S), b_r, input_precision=PRECISION)
         zero = opaque_zero("dq")
         b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-        b_r *= exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low))
+        b_r *= exp2(sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low))
         b_q = load_product(p_table, p_q, token, length, i_group, H, K, first, zero, C, SK) * b_rq[:, None]
         b_dG += b_q * b_r
         b_dq = scale * (b_dq + b_r)
@@ -213,8 +212,8 @@ def far_inputs_kernel(
         b_d_total = tl.sum(tl.where(i_k[:, None] == i_k[None, :], b_S_dS, 0.0), 0)
         b_d_total *= exp2(tl.load(p_total + i_block * BK + first + i_k))
         b_high, b_low = load_parts(p_high, p_low, i_block + zero, i_s, C, BK, SK)
-        b_r *= exp2(sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low))
-        b_E = exp2(sum_rows(load_matrix(p_table, TILES + TO_END + zero, C), b_high, b_low))
+        b_r *= exp2(sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low))
+        b_E = exp2(sum_rows(load_matrix(p_table, TO_END + zero, C), b_high, b_low))
         b_d_col *= b_E * tl.load(p_strength + (i_block + zero) * C + i_token)[:, None]
         b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]
         b_dG -= b_k * (b_r + b_d_col)

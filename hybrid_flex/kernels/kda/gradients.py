@@ -133,7 +133,7 @@ def load_product(
     p_table, p_x, token, length, i_head, HEADS, WIDTH, first, zero, C: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Load ``[C, BLOCK]`` of x [tokens, HEADS, WIDTH] in float32, laid out as products are; the phase's zero added."""
-    b_one = load_matrix(p_table, C // 16 + ONE + zero, C)
+    b_one = load_matrix(p_table, ONE + zero, C)
     return as_product(b_one, load_rows(p_x, token + zero, length, i_head, HEADS, WIDTH, C, BLOCK, first))
 
 
@@ -147,7 +147,7 @@ def store_gate_gradients(
     zero = opaque_zero("dg")
     i_k = i_s * SK + zero + tl.arange(0, SK)
     b_high, b_low = split(b_dG, DT)
-    b_dg = sum_rows(load_matrix(p_table, C // 16 + FROM_ROW + zero, C), b_high, b_low) + b_d_total[None, :]
+    b_dg = sum_rows(load_matrix(p_table, FROM_ROW + zero, C), b_high, b_low) + b_d_total[None, :]
     if GATE:
         b_z, slope, _ = load_gate(
             p_g, p_A_log, p_dt_bias, lower_bound, token + zero, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
@@ -224,7 +224,7 @@ def near_inputs_kernel(
             HAS_BIAS, first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        b_row = exp2(sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low) + 80.0)
+        b_row = exp2(sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low) + 80.0)
         zero = opaque_zero("k in pairs")
         b_rk = tl.load(p_norms + (i_block + zero) * (2 * C) + C + i_token)
         b_k = load_product(p_table, p_k, token, length, i_group, H, K, first, zero, C, SK) * b_rk[:, None]

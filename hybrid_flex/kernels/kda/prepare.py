@@ -147,32 +147,32 @@ def step_products(
 
 @triton.jit
 def far_pairs(
-    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, ANCHOR: tl.constexpr, SAFE: tl.constexpr,
-    DT: tl.constexpr, PRECISION: tl.constexpr,
+    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, TILE: tl.constexpr, ANCHOR: tl.constexpr,
+    SAFE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the pairs of a slice of K whose row is far from the chunk's start: NOTE [Chunk anchor] in decay.py.
 
-    Step 0 is the tile anchor, step l + 1 the level of blocks of 16 * 2^l rows: NOTE [Levels].  Without anchors every
+    Step 0 is the tile anchor, step l + 1 the level of blocks of TILE * 2^l rows: NOTE [Levels].  Without anchors every
     row counts as far.
     """
-    TILES: tl.constexpr = C // 16
-    LEVELS: tl.constexpr = 2 if C == 64 else 1 if C == 32 else 0
+    IN_TILE: tl.constexpr = 5 if TILE == 32 else 4  # levels inside a tile
+    LEVELS: tl.constexpr = (6 if C == 64 else 5 if C == 32 else 4) - IN_TILE
     for step in range(0 if ANCHOR else 1, LEVELS + 1):
-        b_x = sum_rows(load_matrix(p_table, TILES + tl.where(step == 0, ROWS, ONE + step), C), b_high, b_low)
+        b_x = sum_rows(load_matrix(p_table, tl.where(step == 0, ROWS, TREE + IN_TILE + step), C), b_high, b_low)
         b_row = row_decay(b_x, ANCHOR, SAFE)
         if ANCHOR:
             zero = opaque_zero("level", step)
-            b_c = sum_rows(load_matrix(p_table, TILES + FROM_START + zero, C), b_high, b_low)
+            b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
             b_row = tl.where(is_far(b_c), b_row, 0.0)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
-        b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 16), step, DT, PRECISION)
+        b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, TILE), step, DT, PRECISION)
     if not SAFE:
-        needs = needs_tree(sum_rows(load_matrix(p_table, TILES + ROWS, C), b_high, b_low), ANCHOR)
+        needs = needs_tree(sum_rows(load_matrix(p_table, ROWS, C), b_high, b_low), ANCHOR)
         if needs:
-            for step in range(5):
+            for step in range(1 + IN_TILE):
                 zero = opaque_zero("level of the tree", step)
-                b_c = sum_rows(load_matrix(p_table, TILES + ROWS + zero, C), b_high, b_low)
-                b_x = sum_rows(load_matrix(p_table, TILES + TREE + step, C), b_high, b_low)
+                b_c = sum_rows(load_matrix(p_table, ROWS + zero, C), b_high, b_low)
+                b_x = sum_rows(load_matrix(p_table, TREE + step, C), b_high, b_low)
                 b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
                 b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), step, DT, PRECISION)
     return b_qk, b_kk
@@ -202,7 +202,8 @@ def prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    ANCHOR: tl.constexpr, SAFE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
+    ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
@@ -241,11 +242,11 @@ def prepare_kernel(
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
         zero = opaque_zero("decay", i_s)
-        b_c = sum_rows(load_matrix(p_table, C // 16 + FROM_START + zero, C), b_high, b_low)
+        b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
         i_k = first + tl.arange(0, SK)
         tl.store(p_total + i_block * BK + i_k[None, :] + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
         zero = opaque_zero("q and k", i_s)
-        b_one = load_matrix(p_table, C // 16 + ONE + zero, C)
+        b_one = load_matrix(p_table, ONE + zero, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)), DT)
         b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
         if ANCHOR:
@@ -272,9 +273,11 @@ def prepare_kernel(
             b_kg = widen(b_k, zero) * b_rk[:, None] * reciprocal(b_row) * b_total[None, :]
             tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
         if far != 0:
-            b_qk, b_kk = far_pairs(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, ANCHOR, SAFE, DT, PRECISION)
+            b_qk, b_kk = far_pairs(
+                b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, DT, PRECISION
+            )
             zero = opaque_zero("far columns", i_s)
-            b_E = exp2(sum_rows(load_matrix(p_table, C // 16 + TO_END + zero, C), b_high, b_low))
+            b_E = exp2(sum_rows(load_matrix(p_table, TO_END + zero, C), b_high, b_low))
             tl.debug_barrier()  # what stood there has been stored
             b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
             tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))

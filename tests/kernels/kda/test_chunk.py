@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ def anchored_inputs(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> list[Tensor]:
-    """Let float32 go the way of bfloat16; return a list that collects which slices of chunks are far."""
+    """Let float32 go the way of bfloat16, where that holds; return a list that collects which slices are far."""
     from hybrid_flex.kernels.kda import chunk
 
     far: list[Tensor] = []
@@ -117,7 +118,10 @@ def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> li
         return work
 
     monkeypatch.setattr(chunk, "_prepare", spy)
-    monkeypatch.setattr(chunk, "_anchor", lambda raw: {"ANCHOR": True, "SAFE": "lower_bound" in options})
+    safe = "lower_bound" in options
+    monkeypatch.setattr(chunk, "_anchor", lambda raw, C: {"ANCHOR": True, "SAFE": safe, "TILE": 16 if safe else 32})
+    if os.environ.get("TRITON_INTERPRET") == "1":  # a GPU has no room for 64 rows of float32
+        monkeypatch.setattr(chunk, "_most_rows", lambda width, element_size: 64)
     return far
 
 
@@ -127,11 +131,12 @@ def test_anchors(case: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Non
     x, options = anchored_inputs(case)
     far = force_anchor(monkeypatch, options)
     got, want = both(x, device, options, None, False, 64)
-    slices = far[-1].bool()  # [3 chunks * 2 heads, 2 slices of K]
+    slices = far[-1].bool()  # [chunks * 2 heads, 2 slices of K]
     if case == "near":
         assert not slices.any()
     elif case == "one far channel":
-        assert slices.nonzero().tolist() == [[0, 1], [2, 1]]
+        chunks_of_14_rows = 1 if slices.shape[0] == 4 else 2  # fewer do not come to -160 bits
+        assert slices.nonzero().tolist() == [[2 * i, 1] for i in range(chunks_of_14_rows)]
     else:
         assert slices.any()
     # Behind a reset the initial state has no gradient at all.
