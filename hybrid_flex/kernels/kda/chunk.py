@@ -22,7 +22,7 @@ from .gradients import near_inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
 from .prepare import prepare_kernel
 from .scan import scan_backward_kernel, scan_kernel
-from .segments import Segments, cut, join_gradients, join_states, num_segments
+from .segments import Segments, cut, join_kernel, num_segments
 
 # NOTE [Slices of 64]
 # Kernels of 4 warps and 64 rows work on 64 columns of K or V at a time: with more, registers spill.  Not fewer either,
@@ -89,7 +89,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
 
 
 def _anchor(raw: Any, C: int) -> dict[str, Any]:
-    """Tell whether chunks and tiles may take one anchor, whether a tile always does, and its rows: NOTE [Tile anchor]."""
+    """Tell whether chunks and tiles may take one anchor, whether tiles always do, their rows: NOTE [Tile anchor]."""
     anchor = raw.q.dtype == torch.bfloat16
     safe = anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7
     return {"ANCHOR": anchor, "SAFE": safe, "TILE": min(C, 32) if anchor and not safe else 16}
@@ -171,35 +171,29 @@ def _stages(plan: _Plan) -> int:
     return next((n for n in (3, 2) if n * stage_bytes + fixed_bytes <= limit_bytes), 1)
 
 
-def _segments(plan: _Plan) -> Segments | None:
+def _segments(plan: _Plan) -> Segments:
     """Cut sequences into segments where scans of whole ones would leave most of the device idle."""
-    device, shape = plan.raw.q.device, plan.raw.q.shape
+    device, shape, NT = plan.raw.q.device, plan.raw.q.shape, plan.chunks_per_sequence
     # A graph of any length cannot choose by it.
     if plan.map is not None or device.type != "cuda" or not all(isinstance(n, int) for n in shape[:2]):
-        return None
+        return Segments(1, NT)
     blocks = plan.num_sequences * plan.sizes["HV"] * (plan.sizes["WV"] // SLICE)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    count = num_segments(blocks, plan.chunks_per_sequence, processors)
-    return None if count == 1 else cut(shape[0], shape[1], plan.sizes["C"], count, device)
+    return cut(NT, num_segments(blocks, NT, torch.cuda.get_device_properties(device).multi_processor_count))
 
 
-def _scan_arguments(plan: _Plan, segments: Segments | None) -> tuple[list[Any], dict[str, Any], int]:
+def _scan_arguments(plan: _Plan, segments: Segments) -> tuple[list[Any], dict[str, Any], int]:
     """Return trailing positional arguments and keywords that both scans take, and how many states there are."""
     sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
     stages = _stages(plan)
-    if segments is None:
-        num, packed = plan.num_sequences, plan.gate["PACKED"]
-        tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
-    else:
-        num, packed, tensors = plan.num_sequences * segments.per_sequence, True, [segments.bounds, segments.first]
-    positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence]
-    keywords = {**sizes, "BV": SLICE, "PACKED": packed, "PRECISION": plan.gate["PRECISION"]}
+    tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
+    positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence, *segments]
+    keywords = {**sizes, "BV": SLICE, **{name: plan.gate[name] for name in ("PACKED", "PRECISION")}}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
-    return positional, keywords, num * sizes["HV"]
+    return positional, keywords, plan.num_sequences * segments.count * sizes["HV"]
 
 
 def _scan(
-    plan: _Plan, work: _Workspace, segments: Segments | None, initial: Tensor | None, v_first: bool, *,
+    plan: _Plan, work: _Workspace, segments: Segments, initial: Tensor | None, v_first: bool, *,
     o: Tensor | None = None, final: Tensor | None = None, states: Tensor | None = None, y: Tensor | None = None,
     transition: bool = False,
 ) -> None:  # fmt: skip
@@ -216,7 +210,7 @@ def _scan(
 
 
 def _scan_backward(
-    plan: _Plan, work: _Workspace, segments: Segments | None, d_o: Tensor, d_final: Tensor | None, v_first: bool, *,
+    plan: _Plan, work: _Workspace, segments: Segments, d_o: Tensor, d_final: Tensor | None, v_first: bool, *,
     d_states: Tensor | None = None, dv_new: Tensor | None = None, d_initial: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run the scan back, and leave its results where there is room for them."""
@@ -228,12 +222,22 @@ def _scan_backward(
     )  # fmt: skip
 
 
-def _room(plan: _Plan, segments: Segments | None, v_first: bool, square: bool = False) -> Tensor:
-    """Return memory for one state of each sequence ``[N, HV, K, V]``, or each segment ``[N, segments, HV, K, V]``."""
+def _room(plan: _Plan, segments: Segments, v_first: bool, square: bool = False) -> Tensor:
+    """Return memory for a state of each segment of each sequence, ``[N, segments, HV, K, V]`` (or V, K; or K, K)."""
     HV, K, V = (plan.sizes[name] for name in ("HV", "K", "V"))
     dims = (K, K) if square else (V, K) if v_first else (K, V)
-    lead = (plan.num_sequences,) if segments is None else (plan.num_sequences, segments.per_sequence)
-    return torch.empty((*lead, HV, *dims), dtype=torch.float32, device=plan.raw.q.device)
+    shape = (plan.num_sequences, segments.count, HV, *dims)
+    return torch.empty(shape, dtype=torch.float32, device=plan.raw.q.device)
+
+
+def _join(plan: _Plan, M: Tensor, N: Tensor, edge: Tensor | None, v_first: bool, back: bool) -> Tensor:
+    """Return the states that segments begin with; back, the gradients of those they end with."""
+    sizes, joined = plan.sizes, torch.empty_like(N)
+    launchable(join_kernel)[(N.shape[0] * sizes["HV"] * (sizes["WV"] // SLICE),)](
+        M, N, *_or_q(plan, edge), joined, N.shape[1], **_only(join_kernel, sizes), SK=SLICE, BV=SLICE, V_FIRST=v_first,
+        HAS_EDGE=edge is not None, BACK=back, PRECISION="tf32x3", num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return joined
 
 
 def _beginnings(
@@ -243,7 +247,7 @@ def _beginnings(
     M, N = _room(plan, segments, False, square=True), _room(plan, segments, v_first)
     _scan(plan, work, segments, None, False, final=M, transition=True)
     _scan(plan, work, segments, None, v_first, final=N)
-    return M, join_states(M, N, initial, v_first)
+    return M, _join(plan, M, N, initial, v_first, back=False)
 
 
 @on_its_device
@@ -258,10 +262,10 @@ def forward(
     segments = _segments(plan)
     final = _room(plan, segments, state_v_first)
     work = _prepare(plan, scale, for_backward=False)
-    if segments is not None:
+    if segments.count > 1:
         _, initial_state = _beginnings(plan, work, segments, initial_state, state_v_first)
     _scan(plan, work, segments, initial_state, state_v_first, o=o, final=final)
-    return o, final if segments is None else final[:, -1].contiguous()
+    return o, final[:, -1].contiguous()
 
 
 @on_its_device
@@ -280,11 +284,11 @@ def backward(
 
     work = _prepare(plan, scale, for_backward=True)
     segments, begin = _segments(plan), initial_state
-    if segments is not None:
+    if segments.count > 1:
         M, begin = _beginnings(plan, work, segments, initial_state, state_v_first)
         R = _room(plan, segments, state_v_first)
         _scan_backward(plan, work, segments, d_o, None, state_v_first, d_initial=R)
-        d_final = join_gradients(M, R, d_final, state_v_first)
+        d_final = _join(plan, M, R, d_final, state_v_first, back=True)
     states = torch.empty((blocks, BK, WV), dtype=raw.q.dtype, device=device)
     y = torch.empty_like(work.u)
     _scan(plan, work, segments, begin, state_v_first, states=states, y=y)
@@ -295,10 +299,7 @@ def backward(
     _scan_backward(
         plan, work, segments, d_o, d_final, state_v_first, d_states=d_states, dv_new=dv_new, d_initial=d_initial
     )
-    if d_initial is None:
-        d_initial = raw.q.new_empty(0)
-    elif segments is not None:
-        d_initial = d_initial[:, 0].contiguous()
+    d_initial = raw.q.new_empty(0) if d_initial is None else d_initial[:, 0].contiguous()
     A, kk, total, strength, norms, far = work.A, work.kk, work.total, work.strength, work.norms, work.far
     high, low = work.qg, work.kg  # what stood there has been read
     del work  # its memory serves the gradients

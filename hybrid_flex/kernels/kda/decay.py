@@ -27,9 +27,9 @@ and each step adds to sums that stay in place.
 
 # NOTE [Levels]
 The forward takes fewer steps for far rows, each with factors of its own: pairs inside tiles first, then pairs of rows
-in neighbouring tiles, then (of 16 rows) in neighbouring pairs of tiles.  In the last two, row = 2^x and col = 2^x with x
-the sum between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96, all rows this way, the
-kernel takes 1.66 ms so and 1.90 ms by row tiles.
+in neighbouring tiles, then, where tiles have 16 rows, in neighbouring pairs of tiles.  In the last two, row = 2^x and
+col = 2^x with x the sum between a row and the boundary of its block with its neighbour.  On one H100 at T 8192, H 96,
+all rows this way and tiles of 16 rows, the kernel took 1.66 ms so and 1.90 ms by row tiles.
 
 # NOTE [Tile anchor]
 Inside a tile col_j grows.  A factor of 2^56 on rows and 2^-56 on columns puts the middle of float32's range where c is

@@ -16,7 +16,7 @@ affine map, and so is what it does to the gradient:
     S_out = M S_in + N          dS_in = M^T dS_out + R
 
 N and R come from scans that begin with zero, M from one that begins with the identity and without u.  The maps are
-joined in order, `join_states` in segments.py; then every segment is scanned with the state it begins with.
+joined in order, `join_kernel` in segments.py; then every segment is scanned with the state it begins with.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .prepare import block_pointers, load_rows, store_rows
 
 
 @triton.jit
-def load_state(p_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
-    """Load ``[BK, BV]`` of state number i of ``[N * HV, K, V]``, or ``[N * HV, V, K]``; zero in the padding."""
-    i_row, i_col = tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
+def load_state(p_S, i_state, i_v, K, V, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr, first=0):
+    """Load ``[BK, BV]``, from a row on, of state i of ``[N * HV, K, V]``, or V, K; zero in the padding."""
+    i_row, i_col = first + tl.arange(0, BK)[:, None], i_v * BV + tl.arange(0, BV)[None, :]
     offsets = i_col * K + i_row if V_FIRST else i_row * V + i_col
     return tl.load(p_S + i_state.to(tl.int64) * (K * V) + offsets, mask=(i_row < K) & (i_col < V), other=0.0)
 
@@ -51,15 +51,22 @@ def state_pointers(p_x, i_block, i_k, i_v, BK: tl.constexpr, WV: tl.constexpr, S
     return p_x + i_block * (BK * WV) + offsets
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit
+def segment_place(i, T, NT, NS, SC, C: tl.constexpr):
+    """Return first row, first chunk and number of rows of segment i: NS segments of SC chunks to a sequence."""
+    i_n, first = (i // NS).to(tl.int64), (i % NS) * SC
+    return i_n * T + first * C, i_n * NT + first, tl.minimum(T - first * C, SC * C)
+
+
+@triton.jit(do_not_specialize=["T", "NT", "NS", "SC"])
 def scan_kernel(
     p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_initial, p_o, p_final, p_states, p_y, p_cu_seqlens,
-    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    p_first_chunk, T, NT, NS, SC, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
     TRANSITION: tl.constexpr, WRITE_O: tl.constexpr, WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Carry the state of one sequence and value head, ``[K, BV]`` of it, through the chunks.
+    """Carry the state of one sequence, or segment of it, and value head, ``[K, BV]`` of it, through the chunks.
 
     With TRANSITION it carries the identity, without u, and V is K: NOTE [Segments].
     """
@@ -69,7 +76,7 @@ def scan_kernel(
         token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)
         length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
     else:
-        token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
+        token, chunk, length = segment_place(i_n, T, NT, NS, SC, C)
     DT: tl.constexpr = p_w.dtype.element_ty
     if TRANSITION:
         b_S = tl.where(tl.arange(0, BK)[:, None] == i_v * BV + tl.arange(0, BV)[None, :], 1.0, 0.0)
@@ -104,21 +111,21 @@ def scan_kernel(
         store_state(p_final, b_S, i_nh, i_v, K, V, BK, BV, V_FIRST)
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "NS", "SC"])
 def scan_backward_kernel(
     p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
-    p_first_chunk, T, NT, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    p_first_chunk, T, NT, NS, SC, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
     V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Carry the gradient of the state of one sequence and value head back through the chunks."""
+    """Carry the gradient of the state of one sequence, or segment of it, and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
     i_n, i_head = i_nh // HV, i_nh % HV
     if PACKED:
         token, chunk = tl.load(p_cu_seqlens + i_n).to(tl.int64), tl.load(p_first_chunk + i_n).to(tl.int64)
         length = (tl.load(p_cu_seqlens + i_n + 1).to(tl.int64) - token).to(tl.int32)
     else:
-        token, chunk, length = i_n.to(tl.int64) * T, i_n.to(tl.int64) * NT, T
+        token, chunk, length = segment_place(i_n, T, NT, NS, SC, C)
     DT: tl.constexpr = p_w.dtype.element_ty
     if HAS_FINAL:
         b_dS = load_state(p_d_final, i_nh, i_v, K, V, BK, BV, V_FIRST)

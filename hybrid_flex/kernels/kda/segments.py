@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import triton
+import triton.language as tl
+
+from .scan import load_state, store_state
 
 # Chunks that a segment should have at least, and segments that a sequence should have at least.  Cutting costs two more
 # scans over the workspace, of K and of V columns, so few segments would only take more turns.
@@ -13,13 +15,12 @@ MIN_CHUNKS, MIN_SEGMENTS = 16, 6
 
 
 class Segments(NamedTuple):
-    """Where segments lie; the scans take them for packed sequences."""
+    """How each sequence of equal length is cut; ``count`` is 1 where it is left whole, and for packed sequences."""
 
-    per_sequence: int
-    bounds: Tensor
-    """First row of each segment over all sequences, and the number of all rows, int64 [B * per_sequence + 1]."""
-    first: Tensor
-    """First chunk of each segment, int32 [B * per_sequence]."""
+    count: int
+    """Segments of a sequence."""
+    chunks: Any
+    """Chunks of a segment (an int, or a symbol of one); the last may have fewer, but at least one."""
 
 
 def num_segments(blocks: int, num_chunks: int, num_processors: int) -> int:
@@ -28,31 +29,39 @@ def num_segments(blocks: int, num_chunks: int, num_processors: int) -> int:
     return count if count >= MIN_SEGMENTS else 1
 
 
-def cut(B: int, T: int, C: int, count: int, device: torch.device) -> Segments:
-    """Cut each of B sequences of T tokens into at most ``count`` segments of whole chunks of C, none of them empty."""
-    num_chunks = -(-T // C)
+def cut(num_chunks: int, count: int) -> Segments:
+    """Cut sequences of ``num_chunks`` chunks into at most ``count`` segments, none of them empty."""
+    if count == 1:
+        return Segments(1, num_chunks)
     chunks = -(-num_chunks // count)
-    count = -(-num_chunks // chunks)
-    sequence, segment = torch.arange(B, device=device)[:, None], torch.arange(count, device=device)
-    bounds = torch.nn.functional.pad((sequence * T + segment * (chunks * C)).flatten(), (0, 1), value=B * T)
-    return Segments(count, bounds, (sequence * num_chunks + segment * chunks).flatten().int())
+    return Segments(-(-num_chunks // chunks), chunks)
 
 
-def join_states(M: Tensor, N: Tensor, initial: Tensor | None, v_first: bool) -> Tensor:
-    """Return the states that segments begin with, of ``M [B, S, HV, K, K]`` and ``N [B, S, HV, K, V]`` (or V, K)."""
-    S = torch.zeros_like(N[:, 0]) if initial is None else initial
-    states = [S]
-    for i in range(N.shape[1] - 1):
-        S = N[:, i] + (S @ M[:, i].mT if v_first else M[:, i] @ S)
-        states.append(S)
-    return torch.stack(states, 1)
+@triton.jit(do_not_specialize=["NS"])
+def join_kernel(
+    p_M, p_N, p_edge, p_states, NS, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr, HAS_EDGE: tl.constexpr,
+    BACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Join the maps of NS segments of one sequence and value head, ``[K, BV]`` of the state.
 
-
-def join_gradients(M: Tensor, R: Tensor, d_final: Tensor, v_first: bool) -> Tensor:
-    """Return the gradients of the states that segments end with, from those that zero at their ends leads to."""
-    dS = d_final
-    gradients = [dS]
-    for i in range(R.shape[1] - 1, 0, -1):
-        dS = R[:, i] + (dS @ M[:, i] if v_first else M[:, i].mT @ dS)
-        gradients.append(dS)
-    return torch.stack(gradients[::-1], 1)
+    Forward it leaves the state that each segment begins with, from that of the first; back, with R in the place of N,
+    the gradient of the state that each segment ends with, from that of the last.  Without an edge those are zero.
+    """
+    i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
+    i_n, i_head = i_nh // HV, i_nh % HV
+    if HAS_EDGE:
+        b_S = load_state(p_edge, i_nh, i_v, K, V, BK, BV, V_FIRST)
+    else:
+        b_S = tl.zeros((BK, BV), dtype=tl.float32)
+    for step in range(NS):
+        i_segment = NS - 1 - step if BACK else step
+        i_state = (i_n * NS + i_segment) * HV + i_head
+        store_state(p_states, b_S, i_state, i_v, K, V, BK, BV, V_FIRST)
+        if step < NS - 1:
+            tl.debug_barrier()  # the state is read again, by rows
+            b_S = load_state(p_N, i_state, i_v, K, V, BK, BV, V_FIRST)
+            for i_s in range(BK // SK):
+                b_M = load_state(p_M, i_state, i_s, K, K, BK, SK, BACK)  # back, M's transpose
+                b_rows = load_state(p_states, i_state, i_v, K, V, SK, BV, V_FIRST, i_s * SK)
+                b_S = tl.dot(b_M, b_rows, b_S, input_precision=PRECISION)

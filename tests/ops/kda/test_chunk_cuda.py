@@ -117,14 +117,14 @@ def test_segments(v_first: bool, options: dict[str, Any], monkeypatch: pytest.Mo
     """One head and a long sequence: it is cut into segments that are scanned side by side."""
     from hybrid_flex.kernels.kda import chunk
 
-    cuts = []
-    cut = chunk.cut
-    monkeypatch.setattr(chunk, "cut", lambda *args: cuts.append(args) or cut(*args))
+    joins = []
+    join = chunk._join
+    monkeypatch.setattr(chunk, "_join", lambda *args, **kwargs: joins.append(args) or join(*args, **kwargs))
     x = inputs(1, 8200, 1, 1, 128, 64, torch.bfloat16)
     if v_first:
         x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
     check(x, state_v_first=v_first, **options)
-    assert len(cuts) == 2  # forward and backward
+    assert len(joins) == 3  # states, twice, and gradients
 
 
 @pytest.mark.parametrize("kind", ["none", "reset", "mixed", "beta 0", "beta 1", "k 0"])
