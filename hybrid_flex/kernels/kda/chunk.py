@@ -3,7 +3,8 @@
 forward:   prepare -> scan
 backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs, near and far
 
-The backward begins from the raw inputs and the output: nothing else is kept between the two.
+The backward begins from the raw inputs and the output, and from A and Aqk of every chunk where the forward kept them:
+256 bytes per token and value head with chunks of 64 rows in 16 bits.  Without them it computes them again.
 """
 
 from __future__ import annotations
@@ -53,10 +54,24 @@ def _most_rows(width: int, element_size: int) -> int:
     return 16 if row_bytes > 512 else 32 if row_bytes > 256 or element_size > 2 else 64
 
 
+def _widths(raw: Any) -> tuple[int, int]:
+    """Return the padded widths of K and V."""
+    return tuple(max(SLICE, triton.next_power_of_2(int(x.shape[-1]))) for x in (raw.k, raw.v))  # type: ignore[return-value]
+
+
+def _chunk_rows(raw: Any, chunk_size: int) -> int:
+    return min(chunk_size, _most_rows(max(_widths(raw)), raw.q.element_size()))
+
+
+def _num_chunks(raw: Any, cu_seqlens: Tensor | None, C: int) -> int:
+    """Return how many chunks there are, or places for them where sequences are packed."""
+    B, T = raw.q.shape[:2]
+    return B * ((T + C - 1) // C) if cu_seqlens is None else T // C + cu_seqlens.shape[0] - 1
+
+
 def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     (B, T), (H, K, HV, V) = raw.q.shape[:2], (int(n) for n in (*raw.q.shape[2:], *raw.v.shape[2:]))
-    BK, WV = max(SLICE, triton.next_power_of_2(K)), max(SLICE, triton.next_power_of_2(V))
-    C = min(chunk_size, _most_rows(max(BK, WV), raw.q.element_size()))
+    (BK, WV), C = _widths(raw), _chunk_rows(raw, chunk_size)
     raw = raw._replace(
         **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
         A_log=None if raw.A_log is None else raw.A_log.contiguous(),
@@ -64,11 +79,9 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     )
     if cu_seqlens is None:
         N, NT, places = B, (T + C - 1) // C, None
-        num_chunks = N * NT
     else:
         cu_seqlens = cu_seqlens.contiguous()
         N, NT, places = cu_seqlens.shape[0] - 1, 0, chunk_map(cu_seqlens, T, C)
-        num_chunks = T // C + N
     lower = raw.gate and raw.lower_bound is not None
     gate = {
         "GATE": raw.gate,
@@ -85,7 +98,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
     gate |= _anchor(raw, C)
     table = exponent_table(C, gate["TILE"], raw.q)
-    return _Plan(raw, cu_seqlens, places, table, N, num_chunks, NT, sizes, gate)
+    return _Plan(raw, cu_seqlens, places, table, N, _num_chunks(raw, cu_seqlens, C), NT, sizes, gate)
 
 
 def _anchor(raw: Any, C: int) -> dict[str, Any]:
@@ -111,7 +124,11 @@ class _Workspace(NamedTuple):
     far: Tensor
 
 
-def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
+def _prepare(
+    plan: _Plan, scale: float, *, for_backward: bool = False, keep: bool = False,
+    kept: tuple[Tensor, Tensor] | None = None,
+) -> _Workspace:  # fmt: skip
+    """Run the first kernel.  ``keep`` asks for A; ``kept`` are A and Aqk of an earlier run."""
     raw, sizes = plan.raw, plan.sizes
     HV, C, BK, WV = sizes["HV"], sizes["C"], sizes["BK"], sizes["WV"]
     blocks = plan.num_chunks * HV
@@ -124,10 +141,10 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
         kg=empty(blocks, C, BK),
         w=empty(blocks, C, BK),
         u=empty(blocks, C, WV),
-        Aqk=empty(blocks, C, C),
+        Aqk=empty(blocks, C, C) if kept is None else kept[1],
         total=torch.empty((blocks, BK), dtype=torch.float32, device=raw.q.device),
         strength=torch.empty((blocks, C), dtype=torch.float32, device=raw.q.device),
-        A=empty(blocks if for_backward else 0, C, C),
+        A=empty(blocks if keep else 0, C, C) if kept is None else kept[0],
         kk=empty(blocks if for_backward and not raw.sigmoid else 0, C, C),
         norms=torch.empty((blocks if for_backward else 0, 2, C), dtype=torch.float32, device=raw.q.device),
         far=torch.empty((blocks if for_backward else 0, BK // SLICE), dtype=torch.int32, device=raw.q.device),
@@ -135,8 +152,8 @@ def _prepare(plan: _Plan, scale: float, for_backward: bool) -> _Workspace:
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
         plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
-        **sizes, SK=SLICE, BV=SLICE, **plan.gate, FOR_BACKWARD=for_backward,
-        num_warps=4, num_stages=1,
+        **sizes, SK=SLICE, BV=SLICE, **plan.gate, FOR_BACKWARD=for_backward, KEEP=keep,
+        KEPT=kept is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
 
@@ -250,28 +267,37 @@ def _beginnings(
     return M, _join(plan, M, N, initial, v_first, back=False)
 
 
+def shape_of_kept(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[int, int, int]:
+    """Return the shape of A and of Aqk that `forward` keeps."""
+    C = _chunk_rows(raw, chunk_size)
+    return _num_chunks(raw, cu_seqlens, C) * raw.v.shape[2], C, C
+
+
 @on_its_device
 def forward(
     raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, state_v_first: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute o ``[B, T, HV, V]`` and the final state; arguments as those of the operator ``chunk_kda``."""
+    chunk_size: int, keep: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Compute o ``[B, T, HV, V]`` and the final state; arguments as those of the operator ``chunk_kda``.
+
+    With ``keep`` also A and Aqk of every chunk and value head, ``[blocks, C, C]``.
+    """
     plan = _plan(raw, cu_seqlens, chunk_size)
     o = raw.v.new_empty(raw.v.shape)
     initial_state = None if initial_state is None else initial_state.contiguous()
     segments = _segments(plan)
     final = _room(plan, segments, state_v_first)
-    work = _prepare(plan, scale, for_backward=False)
+    work = _prepare(plan, scale, keep=keep)
     if segments.count > 1:
         _, initial_state = _beginnings(plan, work, segments, initial_state, state_v_first)
     _scan(plan, work, segments, initial_state, state_v_first, o=o, final=final)
-    return o, final[:, -1].contiguous()
+    return (o, final[:, -1].contiguous(), *((work.A, work.Aqk) if keep else ()))
 
 
 @on_its_device
 def backward(
     d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None,
-    scale: float, state_v_first: bool, chunk_size: int,
+    scale: float, state_v_first: bool, chunk_size: int, kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
     plan = _plan(raw, cu_seqlens, chunk_size)
@@ -282,7 +308,7 @@ def backward(
     d_o, d_final, o = d_o.contiguous(), d_final.contiguous(), o.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
 
-    work = _prepare(plan, scale, for_backward=True)
+    work = _prepare(plan, scale, for_backward=True, keep=kept is None, kept=kept)
     segments, begin = _segments(plan), initial_state
     if segments.count > 1:
         M, begin = _beginnings(plan, work, segments, initial_state, state_v_first)

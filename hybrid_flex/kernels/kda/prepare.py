@@ -208,12 +208,13 @@ def prepare_kernel(
     WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
     ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
-    The decay of the whole chunk is left in bits.  For the backward it also leaves A, the inverse norms of q and k, KK
-    where the caller gave beta itself, and whether a slice of K has far rows.
+    The decay of the whole chunk is left in bits.  For the backward it also leaves the inverse norms of q and k, KK
+    where the caller gave beta itself, and whether a slice of K has far rows.  With KEEP it leaves A; with KEPT, A and
+    Aqk are there from the forward.
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -259,7 +260,8 @@ def prepare_kernel(
             if FOR_BACKWARD:
                 tl.store(p_far + i_block * (BK // SK) + i_s, far)
             b_row, b_col = anchor_decay(b_c)
-            b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, i >= j, zero, DT, PRECISION)
+            if not KEPT:
+                b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, i >= j, zero, DT, PRECISION)
             unit = 2.0**-80
         else:
             far = 1
@@ -289,16 +291,19 @@ def prepare_kernel(
     tl.debug_barrier()  # P k has been stored
     b_Pk = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
     b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
-    # The norms are factors of rows and columns: they are applied to the products, which are smaller.
-    store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
-    b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
-    if FOR_BACKWARD and not SIGMOID:
-        store_block(p_kk, b_kk, i_block, C, C)
-    b_beta = tl.load(p_strength)  # barriers have passed since it was stored
-    HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
-    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), DT)
-    if FOR_BACKWARD:
-        store_block(p_A, b_A, i_block, C, C)
+    if KEPT:
+        b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
+    else:
+        # The norms are factors of rows and columns: they are applied to the products, which are smaller.
+        store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
+        b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
+        if FOR_BACKWARD and not SIGMOID:
+            store_block(p_kk, b_kk, i_block, C, C)
+        b_beta = tl.load(p_strength)  # barriers have passed since it was stored
+        HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
+        b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), DT)
+        if KEEP:
+            store_block(p_A, b_A, i_block, C, C)
     b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
     tl.store(block_pointers(p_u, i_block, 0, C, WV, WV), cast(b_u, DT))
     b_w = tl.dot(b_A, b_Pk, input_precision=PRECISION)

@@ -1,5 +1,6 @@
 """Kimi Delta Attention operators."""
 
+from . import training as training  # registers an operator
 from .chunk import chunk_kda
 from .gate import kda_gate
 from .gated_norm import gated_rms_norm

@@ -10,8 +10,8 @@ start through row i, ``E`` = decay after row i to the chunk's end, ``S`` the sta
 
 Everything but ``v_new`` and ``S'`` is computed for all chunks at once.  The backward is written out by hand as a second
 operator; it recomputes the chunk quantities from the raw inputs, so the forward saves nothing but its arguments and its
-output, which the kernels use (under torch.compile both stand in one graph, and common subexpressions are computed
-once).
+output, which the kernels use, and on CUDA what training.py says (under torch.compile both stand in one graph, and
+common subexpressions are computed once).
 Source: Kimi Linear, arXiv:2510.26692, section 3.
 """
 
@@ -143,8 +143,19 @@ def chunk_kda(
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, *flags)
     check_inputs("chunk_kda", raw, initial_state, cu_seqlens, state_v_first, safe_gate)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, final_state = _chunk_kda(*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
+    arguments = (*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
+    if _is_training(raw, initial_state):
+        o, final_state, _, _ = torch.ops.hybrid_flex.chunk_kda_training(*arguments)
+    else:
+        o, final_state = _chunk_kda(*arguments)
     return o, final_state if output_final_state else None
+
+
+def _is_training(raw: Raw, initial_state: Tensor | None) -> bool:
+    """Tell whether to keep what spares the backward work: training.py.  Without the sigmoid inside it spares none."""
+    if not (raw.sigmoid and has_kernels(raw.q) and torch.is_grad_enabled()) or torch.compiler.is_exporting():
+        return False
+    return any(x is not None and x.requires_grad for x in (*raw[:7], initial_state))
 
 
 @torch.library.triton_op("hybrid_flex::chunk_kda", mutates_args=())
@@ -219,13 +230,16 @@ def _chunk_kda_backward(
     scale: float,
     state_v_first: bool,
     chunk_size: int,
+    A: Tensor | None = None,
+    Aqk: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     raw = Raw(q, k, v, g, beta, A_log, dt_bias, l2norm, gate, sigmoid, neg_eigval, lower_bound)
     if has_kernels(q):
         from hybrid_flex.kernels.kda import chunk
 
+        kept = None if A is None or Aqk is None else (A, Aqk)
         return chunk.backward(  # type: ignore[return-value]
-            d_o, d_final, o, raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size
+            d_o, d_final, o, raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size, kept
         )
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
@@ -252,18 +266,20 @@ def _(d_o: Tensor, d_final: Tensor, o: Tensor, *args: Any) -> tuple[Tensor, ...]
     )
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save the arguments and the output of a KDA operator, which the caller holds anyway, for its backward."""
-    tensors = (output[0], *inputs[:7], inputs[12], inputs[13])
-    ctx.save_for_backward(*tensors)
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save the arguments and the output of a KDA operator, which the caller holds anyway, and what it kept besides."""
+    o, _, *kept = output
+    ctx.save_for_backward(o, *inputs[:7], *inputs[12:14], *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.options = (inputs[7:12], inputs[14:])
 
 
-def backward(ctx: Any, d_o: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, d_o: Tensor, d_final: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
-    o, *raw, initial_state, cu_seqlens = ctx.saved_tensors
+    o, *raw, initial_state, cu_seqlens = ctx.saved_tensors[:10]
     flags, options = ctx.options
-    grads = _chunk_kda_backward(d_o, d_final, o, *raw, *flags, initial_state, cu_seqlens, *options)
+    arguments = (*raw, *flags, initial_state, cu_seqlens, *options)
+    grads = _chunk_kda_backward(d_o, d_final, o, *arguments, *ctx.saved_tensors[10:])
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
     return (*wanted[:7], *[None] * len(flags), wanted[7], None, *[None] * len(options))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -55,10 +56,13 @@ def both(
     )
     bounds = None if cu_seqlens is None else cu_seqlens.to(device)
     scale = x["q"].shape[-1] ** -0.5
-    o, state = chunk.forward(raw, y["initial_state"], bounds, scale, v_first, C)
-    gradients = chunk.backward(
-        d_o.to(device), d_state.to(device), o, raw, y["initial_state"], bounds, scale, v_first, C
-    )
+    o, state, *kept = chunk.forward(raw, y["initial_state"], bounds, scale, v_first, C, keep=True)
+    assert [x.shape for x in kept] == [chunk.shape_of_kept(raw, bounds, C)] * 2
+    arguments = (d_o.to(device), d_state.to(device), o, raw, y["initial_state"], bounds, scale, v_first, C)
+    gradients = chunk.backward(*arguments)
+    if raw.sigmoid:  # the same from what the forward kept
+        for again, gradient in zip(chunk.backward(*arguments, kept), gradients, strict=True):
+            torch.testing.assert_close(again, gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
     got = {"o": o, "state": state, **dict(zip(NAMES, gradients, strict=True))}
     return {name: got[name].cpu() for name in want}, want
 
@@ -186,16 +190,19 @@ def test_without_decay(dtype: torch.dtype, device: str) -> None:
     assert not [name for name in want if not errors[name] < (2e-5 if dtype == torch.float32 else 4e-3)], errors
 
 
-def test_behind_the_operator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through dispatch and autograd, which also refuse outputs that share memory; no gate, so some are empty."""
-    from hybrid_flex.ops.kda import chunk as operator
-
-    x = make(1, 33, 1, 2, 16, 16, 1, False, torch.float32)
+@pytest.mark.parametrize("raw", [False, True], ids=["nothing inside", "all inside"])
+def test_behind_the_operator(raw: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through dispatch and autograd, which also refuse outputs that share memory; some of them are empty."""
+    x = make(1, 33, 1, 2, 16, 16, 1, raw, torch.float32)
     x = {name: t.to(device).requires_grad_() for name, t in x.items()}
     results = []
     for kernels in (False, True):
-        monkeypatch.setattr(operator, "has_kernels", lambda q, answer=kernels: answer)
-        o, state = chunk_kda(**x, output_final_state=True)
+        for name in ("chunk", "training"):
+            module = importlib.import_module(f"hybrid_flex.ops.kda.{name}")
+            monkeypatch.setattr(module, "has_kernels", lambda q, answer=kernels: answer)
+        o, state = chunk_kda(**x, **(RAW if raw else {}), output_final_state=True)
+        assert o.grad_fn.name().startswith("GeneratedBackwardFor_hybrid_flex_chunk_kda")
+        assert ("training" in o.grad_fn.name()) == (kernels and raw)
         results.append((o, state, *torch.autograd.grad(o.square().sum() + state.sum(), list(x.values()))))
     for plain, kernel in zip(*results, strict=True):
         torch.testing.assert_close(kernel, plain, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,8 @@ def test_only_long_sequences_of_few_heads_are_cut() -> None:
 
     assert num_segments(blocks=192, num_chunks=128, num_processors=132) == 1  # T 8192, 96 heads
     assert num_segments(blocks=64, num_chunks=512, num_processors=132) == 1  # T 32768, 32 heads
-    assert num_segments(blocks=8, num_chunks=16, num_processors=132) == 1  # T 1024, 4 heads
+    assert num_segments(blocks=8, num_chunks=128, num_processors=132) == 1  # T 8192, 4 heads
+    assert num_segments(blocks=32, num_chunks=512, num_processors=132) == 4  # T 32768, 16 heads
     assert num_segments(blocks=8, num_chunks=512, num_processors=132) == 16
     assert num_segments(blocks=16, num_chunks=4096, num_processors=132) == 8
+    assert num_segments(blocks=0, num_chunks=0, num_processors=132) == 1

@@ -120,7 +120,7 @@ def test_segments(v_first: bool, options: dict[str, Any], monkeypatch: pytest.Mo
     joins = []
     join = chunk._join
     monkeypatch.setattr(chunk, "_join", lambda *args, **kwargs: joins.append(args) or join(*args, **kwargs))
-    x = inputs(1, 8200, 1, 1, 128, 64, torch.bfloat16)
+    x = inputs(1, 16400, 1, 1, 128, 64, torch.bfloat16)
     if v_first:
         x["initial_state"] = x["initial_state"].detach().mT.contiguous().requires_grad_()
     check(x, state_v_first=v_first, **options)
@@ -170,11 +170,12 @@ def test_same_bits_every_run_with_poisoned_memory(nan_memory: None) -> None:
         assert again.isfinite().all() and torch.equal(first[name], again), name
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("name", ["chunk_kda", "chunk_kda_training"])
+def test_opcheck(name: str) -> None:
     x = {name: t.detach() for name, t in inputs(1, 100, 2, 2, 128, 128, torch.bfloat16).items()}
     named = [x[name].requires_grad_() for name in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
     arguments = (*named, True, True, True, False, -5.0, x["initial_state"], None, 0.1, False, 64)
-    torch.library.opcheck(torch.ops.hybrid_flex.chunk_kda.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.hybrid_flex, name).default, arguments)
 
 
 def test_one_graph_for_several_lengths_forward_and_backward(fresh_dynamo: None) -> None:

@@ -32,7 +32,7 @@ class Driver:
 @pytest.fixture(autouse=True)
 def kernels_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let operators on the CPU be traced as on a CUDA device."""
-    for name in ("chunk", "gated_norm", "short_conv"):
+    for name in ("chunk", "training", "gated_norm", "short_conv"):
         module = importlib.import_module(f"hybrid_flex.ops.kda.{name}")  # its function of the same name is in the way
         monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype != torch.float64)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
