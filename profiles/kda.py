@@ -20,7 +20,8 @@ What is measured, for every row:
     Rows of few tokens start on an idle device, so that launches count; `_graph` rows replay a CUDA graph of several
     calls, each on inputs of its own.
   Memory: torch.cuda.max_memory_allocated over one call, inputs and gradients included; not of `_graph` rows.
-  First call: seconds of a row's very first call, compilation and tile search included; in no other number.
+  First call: seconds of a row's very first call, compilation and tile search included; in no other number.  fla's
+    candidates are compiled beforehand, side by side (peer_search.py); NOTE [First call] is measured without.
 
 The tables go to profiles/results/kda_<gpu>_<yyyymmdd>.md, everything measured to the .json beside it, after every row;
 rows already there, from the same device and versions, stay unless they are measured again.
@@ -41,7 +42,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ from kda_rows import (
     of_head,
     run,
 )
+from peer_search import fill_cache, share_search
 
 from hybrid_flex.ops import chunk_kda, fused_recurrent_kda
 
@@ -279,6 +281,18 @@ def measure_first_call(contender: str, device: torch.device, quick: bool) -> Non
     print(json.dumps({"imported": imported, "finished": time.monotonic()}))
 
 
+def search(rows: list[Row], device: torch.device, share: int, num_shares: int) -> None:
+    """Compile a share of the peer's candidates for the rows; the body of the processes that `fill_cache` starts."""
+    share_search(share, num_shares)
+    for row in rows:
+        # The length decides nothing, and many processes share the device's memory.
+        short = row if row.lengths else replace(row, T=min(row.T, 1024))
+        try:
+            run(operator_of(PEER, short), short, make_inputs(short, device, seed=0))
+        except Exception:  # the search meets it again, and its cell says so
+            traceback.print_exc(limit=-2)
+
+
 def keep_earlier(report: dict[str, Any], path: Path) -> None:
     """Take over what an earlier run on the same device with the same versions has measured."""
     if not path.exists():
@@ -346,6 +360,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--measure-first-call", choices=(OURS, PEER), help=argparse.SUPPRESS)
+    parser.add_argument("--search-share", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -359,6 +374,9 @@ def main() -> None:
         measure_first_call(options.measure_first_call, device, options.quick)
         return
     rows = chosen_rows(options.rows)
+    if options.search_share is not None:
+        search(rows, device, *options.search_share)
+        return
     contenders = [OURS]
     if not options.no_peer:
         try:
@@ -390,6 +408,9 @@ def main() -> None:
             found = first_call(contender, device, options.quick, min(max(end - time.perf_counter(), 1.0), 1800.0))
             report["first_call"][contender] = found
             progress(f"first call of {contender}: {found.get('error') or format(found['seconds'], '.1f') + ' s'}")
+    if PEER in contenders and rows and device.type == "cuda":
+        fill_cache(__file__, ["--rows", ",".join(row.name for row in rows)])
+        progress(f"the peer's candidates are compiled after {time.perf_counter() - begin:.0f} s")
     run_rows(rows, contenders, device, options, report, stem, end)
     report["seconds"] = time.perf_counter() - begin
     write_report(stem, report, markdown(report))
