@@ -22,10 +22,13 @@ def cell(row: dict[str, Any], contender: str) -> str:
         return ""
     if "error" in own:
         return own["error"]
+    texts = []
+    if "median_ms" in own:
+        texts.append(f"{own['median_ms']:.3f} ({own['p20_ms']:.3f}-{own['p80_ms']:.3f})")
     if not own["passed"]:
         beyond = [f"{name} {error:.1e}" for name, error in own["errors"].items() if not error <= BOUNDS[name]]
-        return "FAIL " + (", ".join(beyond) or "not finite everywhere")
-    return f"{own['median_ms']:.3f} ({own['p20_ms']:.3f}-{own['p80_ms']:.3f})"
+        texts.append("FAIL " + (", ".join(beyond) or "not finite everywhere"))
+    return " ".join(texts)
 
 
 def compare(row: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def compare(row: dict[str, Any]) -> dict[str, Any]:
             found["ms_met"] = own["median_ms"] <= row["target_ms"]
         if row["target_gib"] is not None and "peak_bytes" in own:
             found["gib_met"] = own["peak_bytes"] / GIB <= row["target_gib"]
-    if own.get("passed") and peer.get("passed"):
+    if own.get("passed") and "errors" in peer:
         ratios = {
             name: max(error, ROUNDING) / max(peer["errors"][name], ROUNDING)
             for name, error in own["errors"].items()

@@ -268,16 +268,21 @@ def _(d_o: Tensor, d_final: Tensor, o: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the arguments and the output of a KDA operator, which the caller holds anyway, and what it kept besides."""
-    o, _, *kept = output
+    o, final, *kept = output
     ctx.save_for_backward(o, *inputs[:7], *inputs[12:14], *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # or zeros as large as what was kept would be made
+    ctx.like_final = final.shape, {"dtype": final.dtype, "device": final.device}
     ctx.options = (inputs[7:12], inputs[14:])
 
 
-def backward(ctx: Any, d_o: Tensor, d_final: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
     o, *raw, initial_state, cu_seqlens = ctx.saved_tensors[:10]
     flags, options = ctx.options
+    shape, like = ctx.like_final
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    d_final = torch.zeros(shape, **like) if d_final is None else d_final
     arguments = (*raw, *flags, initial_state, cu_seqlens, *options)
     grads = _chunk_kda_backward(d_o, d_final, o, *arguments, *ctx.saved_tensors[10:])
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
