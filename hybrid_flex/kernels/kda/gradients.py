@@ -107,13 +107,13 @@ def triangle_kernel(
     for i_v in tl.range(WV // BV, num_stages=STAGES):
         b_dv_new = tl.load(block_pointers(p_dv_new, i_block, i_v, C, WV, BV))
         b_dr = tl.dot(tl.trans(b_A), b_dv_new, input_precision=PRECISION)
-        if DT != tl.float32:
+        if tl.float32 != DT:
             b_dr = tl.dot(tl.trans(b_A_low), b_dv_new, b_dr)
         b_dr, b_dr_low = split(b_dr, DT)
         store_rows(p_dv, b_dr, token, length, i_head, HV, V, C, BV, i_v * BV)
         b_y = tl.load(block_pointers(p_y, i_block, i_v, C, WV, BV))
         b_dr_y = tl.dot(b_dr, tl.trans(b_y), b_dr_y, input_precision=PRECISION)
-        if DT != tl.float32:
+        if tl.float32 != DT:
             b_dr_y = tl.dot(b_dr_low, tl.trans(b_y), b_dr_y)
         b_v = load_rows(p_v, token, length, i_head, HV, V, C, BV, i_v * BV).to(DT)
         b_dr_v = tl.dot(b_dr, tl.trans(b_v), b_dr_v, input_precision=PRECISION)

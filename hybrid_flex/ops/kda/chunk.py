@@ -278,13 +278,14 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     """Compute gradients of a KDA operator's arguments, in the order of its schema."""
-    o, *raw, initial_state, cu_seqlens = ctx.saved_tensors[:10]
+    saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
+    o, *raw, initial_state, cu_seqlens = saved[:10]
     flags, options = ctx.options
     shape, like = ctx.like_final
     d_o = torch.zeros_like(o) if d_o is None else d_o
     d_final = torch.zeros(shape, **like) if d_final is None else d_final
     arguments = (*raw, *flags, initial_state, cu_seqlens, *options)
-    grads = _chunk_kda_backward(d_o, d_final, o, *arguments, *ctx.saved_tensors[10:])
+    grads = _chunk_kda_backward(d_o, d_final, o, *arguments, *saved[10:])
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]
     return (*wanted[:7], *[None] * len(flags), wanted[7], None, *[None] * len(options))
 

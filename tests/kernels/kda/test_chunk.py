@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 import pytest
@@ -110,8 +109,8 @@ def anchored_inputs(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> list[Tensor]:
-    """Let float32 go the way of bfloat16, where that holds; return a list that collects which slices are far."""
-    from hybrid_flex.kernels.kda import chunk
+    """Let float32 go the way of bfloat16; return a list that collects which slices of chunks are far."""
+    from hybrid_flex.kernels.kda import chunk, decay
 
     far: list[Tensor] = []
     prepare = chunk._prepare
@@ -124,7 +123,7 @@ def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> li
     monkeypatch.setattr(chunk, "_prepare", spy)
     safe = "lower_bound" in options
     monkeypatch.setattr(chunk, "_anchor", lambda raw, C: {"ANCHOR": True, "SAFE": safe, "TILE": 16 if safe else 32})
-    if os.environ.get("TRITON_INTERPRET") == "1":  # a GPU has no room for 64 rows of float32
+    if decay.INTERPRETED:  # a GPU has no room for 64 rows of float32
         monkeypatch.setattr(chunk, "_most_rows", lambda width, element_size: 64)
     return far
 
