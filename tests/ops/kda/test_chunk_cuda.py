@@ -105,10 +105,17 @@ def test_packed(dtype: torch.dtype) -> None:
 
 
 def test_more_states_than_the_second_dimension_of_a_grid_holds() -> None:
-    x = inputs(1, 300, 1, 1, 16, 16, torch.bfloat16, N=70_000)
-    ends = torch.arange(1, 70_001, device="cuda").clamp_(max=300)
-    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-    check(x, cu_seqlens=cu_seqlens, **LOWER)
+    """300 sequences of one token and 70,000 empty ones: the same bits as the 300 alone, and states pass through."""
+    N, T = 70_300, 300
+    x = inputs(1, T, 1, 1, 16, 16, torch.bfloat16, N=N)
+    bounds = torch.arange(N + 1, device="cuda", dtype=torch.int32).clamp_(max=T)
+    got = results(x, cu_seqlens=bounds, **LOWER)
+    few = {**x, "initial_state": x["initial_state"][:T].detach().requires_grad_()}
+    o, state = chunk_kda(**few, cu_seqlens=bounds[: T + 1], output_final_state=True, **LOWER)
+    assert state is not None
+    assert torch.equal(got["o"], o) and torch.equal(got["state"][:T], state)
+    assert torch.equal(got["state"][T:], x["initial_state"][T:])
+    assert got["initial_state"].isfinite().all() and bool((got["initial_state"][T:] != 0).any())
 
 
 @pytest.mark.parametrize("options", [LOWER, RAW], ids=["lower-bound", "softplus"])
