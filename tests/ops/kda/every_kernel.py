@@ -1,0 +1,91 @@
+"""Launch every kernel once on small and ragged inputs and print the names, one a line: what a sanitizer watches.
+
+compute-sanitizer --tool memcheck python tests/ops/kda/every_kernel.py
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_flex.ops import chunk_kda, fused_recurrent_kda, gated_rms_norm, kda_decode, short_conv
+
+INSIDE = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+
+
+def inputs(device: str, T: int, H: int, K: int, V: int, dtype: torch.dtype, num_states: int) -> dict[str, Tensor]:
+    """Draw inputs of a KDA operator, two value heads to a query head."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    x = {"q": normal(1, T, H, K), "k": normal(1, T, H, K), "v": normal(1, T, 2 * H, V)}
+    x |= {"g": normal(1, T, 2 * H, K), "beta": normal(1, T, 2 * H)}
+    x = {name: t.to(dtype) for name, t in x.items()}
+    x |= {"A_log": normal(2 * H), "dt_bias": normal(2 * H * K)}
+    return {**x, "initial_state": normal(num_states, 2 * H, K, V)}
+
+
+def train(operator: Any, x: dict[str, Tensor], **options: Any) -> None:
+    """Run an operator forward and backward."""
+    x = {name: t.requires_grad_() for name, t in x.items()}
+    outputs = operator(**x, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(sum(o.float().sum() for o in outputs if o is not None), list(x.values()))
+
+
+def chunked(device: str) -> None:
+    """Run chunk_kda with each way that its kernels take."""
+    from hybrid_flex.kernels.kda import chunk
+
+    bounds = torch.tensor([0, 70, 70, 100], device=device)
+    options = {**INSIDE, "output_final_state": True}
+    lower = {**options, "lower_bound": -5.0, "safe_gate": True}
+    train(chunk_kda, inputs(device, 100, 1, 128, 128, torch.bfloat16, 1), **lower)
+    train(chunk_kda, inputs(device, 100, 1, 100, 48, torch.bfloat16, 3), **options, cu_seqlens=bounds)
+    train(chunk_kda, inputs(device, 50, 1, 64, 64, torch.float32, 1), **options)
+    x = inputs(device, 100, 1, 128, 64, torch.bfloat16, 1)
+    x["g"][:, ::7] += 40  # far rows, and some that take the tree
+    train(chunk_kda, x, **options)
+    num_segments, chunk.num_segments = chunk.num_segments, lambda *sizes: 2
+    try:
+        train(chunk_kda, inputs(device, 200, 1, 64, 64, torch.bfloat16, 1), **lower)
+    finally:
+        chunk.num_segments = num_segments
+
+
+def others(device: str) -> None:
+    """Run the operators beside chunk_kda."""
+    with torch.no_grad():
+        x = inputs(device, 3, 2, 128, 128, torch.bfloat16, 1)
+        fused_recurrent_kda(**x, **INSIDE, output_final_state=True)
+        x = inputs(device, 1, 2, 64, 32, torch.float32, 5)
+        kda_decode(state=x.pop("initial_state"), **x, **INSIDE, state_indices=torch.tensor([3], device=device))
+    bounds = torch.tensor([0, 37, 37, 77], device=device)
+    x = {"x": torch.randn(1, 77, 40, device=device), "weight": torch.randn(40, 4, device=device)}
+    train(short_conv, {**x, "bias": torch.randn(40, device=device)})
+    train(short_conv, {**x, "initial_state": torch.randn(3, 3, 40, device=device)}, cu_seqlens=bounds)
+    x = {name: torch.randn(1, 77, 2, 40, device=device) for name in ("x", "gate")}
+    train(gated_rms_norm, {**x, "weight": torch.ones(40, device=device)})
+
+
+def main(device: str) -> None:
+    """Run everything; on a CPU that only shows that the calls are right."""
+    names: set[str] = set()
+    if device == "cuda":
+        from triton import knobs
+
+        knobs.runtime.launch_enter_hook.add(lambda metadata: names.add(metadata.get()["name"]))
+    chunked(device)
+    others(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("\n".join(sorted(names)))
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or ["cuda"]))

@@ -1,0 +1,41 @@
+"""Every kernel under NVIDIA's compute-sanitizer: no access out of bounds, no race in shared memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("every_kernel.py")
+KERNELS = Path(__file__).resolve().parents[3] / "hybrid_flex" / "kernels"
+
+
+def run(*command: str) -> str:
+    # The caching allocator would put tensors side by side, where an access beyond one's end goes unnoticed.
+    settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_calls_are_right() -> None:
+    run(sys.executable, str(SCRIPT), "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_kernels(tool: str) -> None:
+    text = run("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(SCRIPT))
+    defined = set()
+    for path in KERNELS.rglob("*.py"):
+        defined |= set(re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text()))
+    assert defined <= set(text.split()), defined - set(text.split())
