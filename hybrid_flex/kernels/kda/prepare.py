@@ -280,7 +280,10 @@ def prepare_kernel(
             b_kg = widen(b_k, zero) * b_rk[:, None] * reciprocal(b_row) * b_total[None, :]
             tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
         if far != 0:
-            b_qk, b_kk = far_pairs(b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, DT, PRECISION)
+            if not KEPT:
+                b_qk, b_kk = far_pairs(
+                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, DT, PRECISION
+                )
             zero = opaque_zero("far columns", i_s)
             b_E = exp2(sum_rows(load_matrix(p_table, TO_END + zero, C), b_high, b_low))
             tl.debug_barrier()  # what stood there has been stored
