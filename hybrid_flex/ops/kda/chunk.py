@@ -131,6 +131,9 @@ def chunk_kda(
     Device: CPU, in plain torch; CUDA, in Triton kernels (float64: plain torch); differentiable in q, k, v, g, beta,
         initial_state, A_log and dt_bias.
 
+    Memory: the backward needs the arguments and o; on CUDA, with the sigmoid inside, another 256 bytes per token and
+        value head are kept for it (chunks of 64, 16-bit inputs), unless gradients are off.
+
     Source: Kimi Linear (arXiv:2510.26692), equations of section 3; the keywords are those of flash-linear-attention.
 
     >>> q = k = v = torch.randn(1, 100, 2, 16)
