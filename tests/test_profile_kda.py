@@ -65,6 +65,30 @@ def test_contenders_are_judged_before_they_are_timed(kda: Any) -> None:
     assert kda.cell(row_found, "failing") == "out of memory"
 
 
+def test_a_peer_beyond_a_bound_is_timed_all_the_same(kda: Any) -> None:
+    def wrong(v: torch.Tensor, **others: Any) -> Any:
+        return chunk_kda(v=v * 1.01, **others)
+
+    row = kda.Row("fwd_tiny", 70, 3, head_dim=16)
+    plan = kda.Plan(min_rounds=3, min_seconds=0.0, max_seconds=0.0)
+    found = kda.measure(row, {kda.OURS: chunk_kda, kda.PEER: wrong}, CPU, plan, seed=0)["contenders"]
+    assert not found[kda.PEER]["passed"] and found[kda.PEER]["median_ms"] > 0
+    text = kda.cell({"contenders": found}, kda.PEER)
+    assert text.startswith(f"{found[kda.PEER]['median_ms']:.3f} (") and ") FAIL o " in text
+
+
+def test_shares_of_a_search_make_up_the_whole(kda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    found: list[int] = []
+    for share in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(Autotuner, "prune_configs", lambda self, kwargs: list(range(7)))
+            kda.share_search(share, 3)
+            found += Autotuner.prune_configs(None, {})
+    assert sorted(found) == list(range(7))
+
+
 @pytest.mark.parametrize("lost", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
 def test_every_gradient_is_judged(kda: Any, lost: str) -> None:
     def forgetful(**arguments: Any) -> Any:

@@ -54,13 +54,14 @@ def _most_rows(width: int, element_size: int) -> int:
     return 16 if row_bytes > 512 else 32 if row_bytes > 256 or element_size > 2 else 64
 
 
-def _widths(raw: Any) -> tuple[int, int]:
-    """Return the padded widths of K and V."""
-    return tuple(max(SLICE, triton.next_power_of_2(int(x.shape[-1]))) for x in (raw.k, raw.v))  # type: ignore[return-value]
+def _padded(width: int) -> int:
+    """Return the width that K or V is padded to."""
+    return max(SLICE, triton.next_power_of_2(width))
 
 
 def _chunk_rows(raw: Any, chunk_size: int) -> int:
-    return min(chunk_size, _most_rows(max(_widths(raw)), raw.q.element_size()))
+    width = _padded(max(int(raw.k.shape[-1]), int(raw.v.shape[-1])))
+    return min(chunk_size, _most_rows(width, raw.q.element_size()))
 
 
 def _num_chunks(raw: Any, cu_seqlens: Tensor | None, C: int) -> int:
@@ -71,7 +72,7 @@ def _num_chunks(raw: Any, cu_seqlens: Tensor | None, C: int) -> int:
 
 def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     (B, T), (H, K, HV, V) = raw.q.shape[:2], (int(n) for n in (*raw.q.shape[2:], *raw.v.shape[2:]))
-    (BK, WV), C = _widths(raw), _chunk_rows(raw, chunk_size)
+    BK, WV, C = _padded(K), _padded(V), _chunk_rows(raw, chunk_size)
     raw = raw._replace(
         **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
         A_log=None if raw.A_log is None else raw.A_log.contiguous(),
@@ -152,8 +153,8 @@ def _prepare(
     launchable(prepare_kernel)[(blocks,)](
         raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
         plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
-        **sizes, SK=SLICE, BV=SLICE, **plan.gate, FOR_BACKWARD=for_backward, KEEP=keep,
-        KEPT=kept is not None, num_warps=4, num_stages=1,
+        **sizes, SK=SLICE, **plan.gate, FOR_BACKWARD=for_backward, KEEP=keep, KEPT=kept is not None,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
 

@@ -205,7 +205,7 @@ def prepare_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
     p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, p_far, scale, lower_bound, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    WV: tl.constexpr, SK: tl.constexpr, BV: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
+    WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
     ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
     KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,

@@ -233,6 +233,13 @@ def test_gradcheck(make_kda: Make) -> None:
     assert torch.autograd.gradcheck(run, tuple(x.values()), fast_mode=True)
 
 
+def test_the_operator_that_keeps_is_for_cuda(make_kda: Make) -> None:
+    x = make_kda(1, 19, 1, 4, 4, raw=True, dtype=torch.float32)
+    tensors = [x.get(n) for n in ("q", "k", "v", "g", "beta", "A_log", "dt_bias")]
+    with pytest.raises(RuntimeError, match=r"chunk_kda_training: q must be on CUDA and not float64, got cpu"):
+        torch.ops.hybrid_flex.chunk_kda_training(*tensors, True, True, True, False, None, None, None, 0.5, False, 16)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
 def test_opcheck(make_kda: Make, packed: bool, fresh_dynamo: None) -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 19]) if packed else None
