@@ -21,7 +21,7 @@ from .decay import exponent_table
 from .far import far_inputs_kernel
 from .gradients import near_inputs_kernel, triangle_kernel
 from .packing import ChunkMap, chunk_map
-from .prepare import prepare_kernel
+from .prepare import prepare_far_kernel, prepare_kernel
 from .scan import scan_backward_kernel, scan_kernel
 from .segments import Segments, cut, join_kernel, num_segments
 
@@ -123,6 +123,7 @@ class _Workspace(NamedTuple):
     kk: Tensor
     norms: Tensor
     far: Tensor
+    kc: Tensor
 
 
 def _prepare(
@@ -147,14 +148,21 @@ def _prepare(
         strength=torch.empty((blocks, C), dtype=torch.float32, device=raw.q.device),
         A=empty(blocks if keep else 0, C, C) if kept is None else kept[0],
         kk=empty(blocks if for_backward and not raw.sigmoid else 0, C, C),
-        norms=torch.empty((blocks if for_backward else 0, 2, C), dtype=torch.float32, device=raw.q.device),
-        far=torch.empty((blocks if for_backward else 0, BK // SLICE), dtype=torch.int32, device=raw.q.device),
+        norms=torch.empty((blocks, 2, C), dtype=torch.float32, device=raw.q.device),
+        far=torch.empty((blocks, BK // SLICE), dtype=torch.int32, device=raw.q.device),
+        kc=empty(blocks if BK > WV else 0, C, BK),
     )
+    parameters, numbers = _or_q(plan, raw.A_log, raw.dt_bias), (scale, raw.lower_bound or 0.0, *_lengths(plan))
+    keywords = {**sizes, **plan.gate, "SK": SLICE, "FOR_BACKWARD": for_backward, "KEEP": keep}
+    keywords["KEPT"] = kept is not None
     launchable(prepare_kernel)[(blocks,)](
-        raw.q, raw.k, raw.v, raw.g, raw.beta, *_or_q(plan, raw.A_log, raw.dt_bias), *_places(plan),
-        plan.table, *work, scale, raw.lower_bound or 0.0, raw.q.shape[1], plan.chunks_per_sequence,
-        **sizes, SK=SLICE, **plan.gate, FOR_BACKWARD=for_backward, KEEP=keep, KEPT=kept is not None,
-        num_warps=4, num_stages=1,
+        raw.q, raw.k, raw.v, raw.g, raw.beta, *parameters, *_places(plan), plan.table, *work, *numbers,
+        **_only(prepare_kernel, keywords), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    qg, kg, w, u, Aqk, _, *others = work
+    launchable(prepare_far_kernel)[(blocks,)](
+        raw.q, raw.k, raw.v, raw.g, *parameters, *_places(plan), plan.table, qg, kg, w, u, Aqk, *others, *numbers,
+        **_only(prepare_far_kernel, keywords), num_warps=4, num_stages=1,
     )  # fmt: skip
     return work
 
@@ -171,6 +179,10 @@ def _or_q(plan: _Plan, *tensors: Tensor | None) -> list[Tensor]:
 
 def _places(plan: _Plan) -> list[Tensor]:
     return _or_q(plan, *((None, None) if plan.map is None else plan.map[:2]))
+
+
+def _lengths(plan: _Plan) -> tuple[int, int]:
+    return plan.raw.q.shape[1], plan.chunks_per_sequence
 
 
 def _stages(plan: _Plan) -> int:
@@ -206,6 +218,7 @@ def _scan_arguments(plan: _Plan, segments: Segments) -> tuple[list[Any], dict[st
     tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
     positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence, *segments]
     keywords = {**sizes, "BV": SLICE, **{name: plan.gate[name] for name in ("PACKED", "PRECISION")}}
+    keywords |= {"UNIT": 2.0**-80 if plan.gate["ANCHOR"] else 1.0}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
     return positional, keywords, plan.num_sequences * segments.count * sizes["HV"]
 
@@ -297,7 +310,7 @@ def forward(
 
 @on_its_device
 def backward(
-    d_o: Tensor, d_final: Tensor, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None,
+    d_o: Tensor, d_final: Tensor | None, o: Tensor, raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None,
     scale: float, state_v_first: bool, chunk_size: int, kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
@@ -306,7 +319,8 @@ def backward(
     sizes, device = plan.sizes, raw.q.device
     H, HV, K, C, BK, WV = (sizes[name] for name in ("H", "HV", "K", "C", "BK", "WV"))
     blocks = plan.num_chunks * HV
-    d_o, d_final, o = d_o.contiguous(), d_final.contiguous(), o.contiguous()
+    d_o, o = d_o.contiguous(), o.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
 
     work = _prepare(plan, scale, for_backward=True, keep=kept is None, kept=kept)

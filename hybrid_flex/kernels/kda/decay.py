@@ -61,8 +61,6 @@ tf32 in three passes keeps float32's digits.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +93,7 @@ def _exponent_table(C: int, tile_rows: int, dtype: torch.dtype, device: torch.de
     return torch.stack([matrix.to(dtype) for matrix in sums])
 
 
-_cached_exponent_table = functools.lru_cache(maxsize=None)(_exponent_table)
+_exponent_tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
 
 def exponent_table(C: int, tile_rows: int, like: Tensor) -> Tensor:
@@ -106,10 +104,17 @@ def exponent_table(C: int, tile_rows: int, like: Tensor) -> Tensor:
     of 1, 2, 4 ... C / 2 rows (NOTE [Tile anchor], NOTE [Levels]); columns for each row tile.  They have the dtype and
     device of ``like``.
     """
-    # A graph that is traced or captured makes its own: it would own the memory of one that others use.
-    is_captured = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    make = _cached_exponent_table if is_plain(like) and not is_captured else _exponent_table
-    return make(C, tile_rows, like.dtype, like.device)
+    key = (C, tile_rows, like.dtype, like.device)
+    if not is_plain(like):
+        return _exponent_table(*key)
+    if key not in _exponent_tables:
+        table = _exponent_table(*key)
+        if like.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return table  # which lies in the memory of that graph
+            torch.cuda.current_stream(like.device).synchronize()  # once: calls on other streams will read it, too
+        _exponent_tables[key] = table
+    return _exponent_tables[key]
 
 
 @triton.jit
@@ -288,10 +293,15 @@ def is_far(b_c):
 
 
 @triton.jit
-def anchor_decay(b_c):
-    """Return the factors of rows and columns for the chunk's anchor, zero where a row is far: NOTE [Chunk anchor]."""
-    m_far = is_far(b_c)
-    return exp2(tl.where(m_far, -1000.0, b_c + 80.0)), exp2(tl.where(m_far, -1000.0, -80.0 - b_c))
+def anchor_rows(b_c):
+    """Return the factors of rows for the chunk's anchor, zero where a row is far: NOTE [Chunk anchor]."""
+    return exp2(tl.where(is_far(b_c), -1000.0, b_c + 80.0))
+
+
+@triton.jit
+def anchor_columns(b_row):
+    """Return the factors of columns for the chunk's anchor, from those of rows: zero where a row is far."""
+    return tl.where(b_row > 0.0, reciprocal(b_row), 0.0)
 
 
 @triton.jit

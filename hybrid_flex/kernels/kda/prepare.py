@@ -31,7 +31,8 @@ from .decay import (
     ROWS,
     TO_END,
     TREE,
-    anchor_decay,
+    anchor_columns,
+    anchor_rows,
     as_product,
     cast,
     col_decay,
@@ -200,21 +201,63 @@ def unit_inverse(b_L, C: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
     return b_X
 
 
+@triton.jit
+def apply_inverse(
+    b_A, b_v, p_w, p_u, i_block, C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Leave ``u = A v`` and, where P k waits, ``w = A P k``."""
+    b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
+    store_block(p_u, b_u, i_block, C, WV)
+    zero = opaque_zero("P k")
+    b_Pk = tl.load(block_pointers(p_w, i_block + zero, 0, C, BK, BK))
+    tl.debug_barrier()  # P k has been read
+    b_w = tl.dot(b_A, b_Pk, input_precision=PRECISION)
+    store_block(p_w, b_w, i_block, C, BK)
+
+
+@triton.jit
+def finish_chunk(
+    b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
+    C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr, SK: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
+    ANCHOR: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the pairs of rows that share the chunk's anchor to those of far rows; leave Aqk, A, u and w."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(p_Aqk.dtype.element_ty)  # on its way early
+    if ANCHOR:
+        WC: tl.constexpr = BK if BK > WV else WV
+        for i_s in range(BK // SK):
+            b_left = tl.trans(tl.load(block_pointers(p_kc, i_block, i_s, C, WC, SK)))
+            b_kk = tl.dot(tl.load(block_pointers(p_w, i_block, i_s, C, BK, SK)), b_left, b_kk)
+            b_qk = tl.dot(tl.load(block_pointers(p_qg, i_block, i_s, C, BK, SK)), b_left, b_qk)
+    store_block(p_Aqk, tl.where(i >= j, b_qk, 0.0), i_block, C, C)
+    b_kk = tl.where(i > j, b_kk, 0.0)
+    if FOR_BACKWARD and not SIGMOID:
+        store_block(p_kk, b_kk, i_block, C, C)
+    zero = opaque_zero("strength", length)
+    b_beta = tl.load(p_strength + (i_block + zero) * C + tl.arange(0, C))
+    HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
+    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), p_Aqk.dtype.element_ty)
+    if KEEP:
+        store_block(p_A, b_A, i_block, C, C)
+    apply_inverse(b_A, b_v, p_w, p_u, i_block, C, BK, WV, PRECISION)
+
+
 @triton.jit(do_not_specialize=["T", "NT"])
 def prepare_kernel(
     p_q, p_k, p_v, p_g, p_beta, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, p_far, scale, lower_bound, T, NT,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_total, p_strength, p_A, p_kk, p_norms, p_far, p_kc, scale, lower_bound, T, NT,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    ANCHOR: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
     KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
 
-    The decay of the whole chunk is left in bits.  For the backward it also leaves the inverse norms of q and k, KK
-    where the caller gave beta itself, and whether a slice of K has far rows.  With KEEP it leaves A; with KEPT, A and
-    Aqk are there from the forward.
+    A chunk with far rows is left to `prepare_far_kernel` with qg, P k in the place of w, the inverse norms of q and k,
+    the strength, the decay of the whole chunk in bits, and whether a slice of K has far rows.
+    With KEEP it leaves A; with KEPT, A and Aqk are there from the forward.
     """
     i_block = tl.program_id(0).to(tl.int64)
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -227,20 +270,18 @@ def prepare_kernel(
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_qg.dtype.element_ty
     i_row = tl.arange(0, C)
-    i, j = i_row[:, None], i_row[None, :]
 
-    p_strength += i_block * C + i_row
-    tl.store(p_strength, load_strength(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR))
+    tl.store(p_strength + i_block * C + i_row, load_strength(p_beta, token, length, i_head, HV, C, SIGMOID, FACTOR))
     b_rq = inverse_norm(p_q, token, length, i_group, H, K, C, BK, L2NORM)
     b_rk = inverse_norm(p_k, token, length, i_group, H, K, C, BK, L2NORM)
-    if FOR_BACKWARD:
-        tl.store(p_norms + i_block * (2 * C) + i_row, b_rq)
-        tl.store(p_norms + i_block * (2 * C) + C + i_row, b_rk)
+    tl.store(p_norms + i_block * (2 * C) + i_row, b_rq)
+    tl.store(p_norms + i_block * (2 * C) + C + i_row, b_rk)
 
-    # A slice of K at a time: its part of the products, then qg, kg and P k, which waits in the place of w.
-    b_qk = tl.zeros((C, C), dtype=tl.float32)
-    b_kk = tl.zeros((C, C), dtype=tl.float32)
-    for i_s in range(BK // SK):
+    if WV >= BK:
+        p_kc = p_u  # which comes last
+    WC: tl.constexpr = BK if BK > WV else WV
+    any_far = 0 if ANCHOR else 1
+    for i_s in tl.range(BK // SK, disable_licm=True):  # what is made anew in every turn takes no registers
         first = i_s * SK
         b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
             p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE, HAS_BIAS,
@@ -251,63 +292,105 @@ def prepare_kernel(
         b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
         i_k = first + tl.arange(0, SK)
         tl.store(p_total + i_block * BK + i_k[None, :] + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
-        zero = opaque_zero("q and k", i_s)
+        if ANCHOR:
+            b_row = anchor_rows(b_c)
+            far = (tl.min(tl.min(b_row, 1), 0) == 0.0).to(tl.int32)
+            tl.store(p_far + i_block * (BK // SK) + i_s, far)
+            any_far |= far
+        else:
+            b_row = exp2(b_c)
+        zero = opaque_zero("q", i_s)
         b_one = load_matrix(p_table, ONE + zero, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)), DT)
-        b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
-        if ANCHOR:
-            far = is_far(tl.min(tl.min(b_c, 1), 0)).to(tl.int32)
-            if FOR_BACKWARD:
-                tl.store(p_far + i_block * (BK // SK) + i_s, far)
-            b_row, b_col = anchor_decay(b_c)
-            if not KEPT:
-                b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, i >= j, zero, DT, PRECISION)
-            unit = 2.0**-80
-        else:
-            far = 1
-            b_row = exp2(b_c)
-            unit = 1.0
-        zero = opaque_zero("rows", i_s)
-        b_qg = widen(b_q, zero) * (b_rq * (scale * unit))[:, None] * b_row
+        b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_row
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
-        zero = opaque_zero("rows of k", i_s)
-        b_Pk = widen(b_k, zero) * (b_rk * unit)[:, None] * b_row
+        zero = opaque_zero("k", i_s)
+        b_one = load_matrix(p_table, ONE + zero, C)
+        b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
+        b_Pk = widen(b_k, zero) * b_rk[:, None] * b_row
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT))
-        tl.debug_barrier()  # the decay of the whole chunk has been stored
         if ANCHOR:  # E_j = 2^80 total col_j
+            tl.debug_barrier()  # the decay of the whole chunk has been stored
             zero = opaque_zero("columns of k", i_s)
-            b_total = exp2(tl.load(p_total + (i_block + zero) * BK + i_k) + 80.0)
-            b_kg = widen(b_k, zero) * b_rk[:, None] * reciprocal(b_row) * b_total[None, :]
-            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
-        if far != 0:
+            b_kc = widen(b_k, zero) * b_rk[:, None] * anchor_columns(b_row)
             if not KEPT:
+                tl.store(block_pointers(p_kc, i_block + zero, i_s, C, WC, SK), cast(b_kc, DT))
+            b_total = exp2(tl.load(p_total + (i_block + zero) * BK + i_k) + 80.0)
+            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kc * b_total[None, :], DT))
+
+    tl.debug_barrier()  # all of this has been stored
+    if KEPT:
+        b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
+        b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
+        apply_inverse(b_A, b_v, p_w, p_u, i_block, C, BK, WV, PRECISION)
+    elif any_far == 0:
+        b_qk = tl.zeros((C, C), dtype=tl.float32)
+        b_kk = tl.zeros((C, C), dtype=tl.float32)
+        finish_chunk(
+            b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
+            C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "NT"])
+def prepare_far_kernel(
+    p_q, p_k, p_v, p_g, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, p_norms, p_far, p_kc, scale, lower_bound, T, NT,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
+    HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
+    ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows."""
+    i_block = tl.program_id(0).to(tl.int64)
+    NUM: tl.constexpr = BK // SK
+    if ANCHOR:
+        any_far = tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0)
+        if any_far == 0:
+            return
+    i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
+    if PACKED:
+        token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
+    else:
+        token, length = chunk_place(i_chunk, T, NT, C)
+    i_group = i_head // (HV // H)
+    # Inductor passes numbers as float64.
+    scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
+    DT: tl.constexpr = p_qg.dtype.element_ty
+    i_row = tl.arange(0, C)
+    b_rq = tl.load(p_norms + i_block * (2 * C) + i_row)
+    b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_row)
+
+    b_qk = tl.zeros((C, C), dtype=tl.float32)
+    b_kk = tl.zeros((C, C), dtype=tl.float32)
+    for i_s in range(NUM):
+        first = i_s * SK
+        far = tl.load(p_far + i_block * NUM + i_s) if ANCHOR else 1
+        if far != 0:
+            b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
+                p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
+                HAS_BIAS, first,
+            )  # fmt: skip
+            b_high, b_low = split(b_g, DT)
+            b_one = load_matrix(p_table, ONE, C)
+            b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
+            b_E = exp2(sum_rows(load_matrix(p_table, TO_END, C), b_high, b_low))
+            zero = opaque_zero("k", i_s)
+            b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
+            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
+            if not KEPT:
+                b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
                 b_qk, b_kk = far_pairs(
                     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, DT, PRECISION
                 )
-            zero = opaque_zero("far columns", i_s)
-            b_E = exp2(sum_rows(load_matrix(p_table, TO_END + zero, C), b_high, b_low))
-            tl.debug_barrier()  # what stood there has been stored
-            b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
-            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
-
-    # What the inverse will meet is on its way before it is begun.
-    tl.debug_barrier()  # P k has been stored
-    b_Pk = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
-    b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
-    if KEPT:
-        b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
-    else:
+    if not KEPT:
         # The norms are factors of rows and columns: they are applied to the products, which are smaller.
-        store_block(p_Aqk, tl.where(i >= j, b_qk * (b_rq * scale)[:, None] * b_rk[None, :], 0.0), i_block, C, C)
-        b_kk = tl.where(i > j, b_kk * b_rk[:, None] * b_rk[None, :], 0.0)
-        if FOR_BACKWARD and not SIGMOID:
-            store_block(p_kk, b_kk, i_block, C, C)
-        b_beta = tl.load(p_strength)  # barriers have passed since it was stored
-        HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
-        b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), DT)
-        if KEEP:
-            store_block(p_A, b_A, i_block, C, C)
-    b_u = tl.dot(b_A, b_v, input_precision=PRECISION)
-    tl.store(block_pointers(p_u, i_block, 0, C, WV, WV), cast(b_u, DT))
-    b_w = tl.dot(b_A, b_Pk, input_precision=PRECISION)
-    tl.store(block_pointers(p_w, i_block, 0, C, BK, BK), cast(b_w, DT))
+        b_qk *= (b_rq * scale)[:, None] * b_rk[None, :]
+        b_kk *= b_rk[:, None] * b_rk[None, :]
+        if WV >= BK:
+            p_kc = p_u
+        finish_chunk(
+            b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
+            C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
+        )  # fmt: skip

@@ -64,7 +64,7 @@ def scan_kernel(
     p_first_chunk, T, NT, NS, SC, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_INITIAL: tl.constexpr, V_FIRST: tl.constexpr,
     TRANSITION: tl.constexpr, WRITE_O: tl.constexpr, WRITE_FINAL: tl.constexpr, WRITE_STATES: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the state of one sequence, or segment of it, and value head, ``[K, BV]`` of it, through the chunks.
 
@@ -96,14 +96,14 @@ def scan_kernel(
         b_S16 = b_S.to(DT)
         if WRITE_STATES:
             tl.store(block_pointers(p_states, i_block, i_v, BK, WV, BV), b_S16)
-        b_y = b_u - tl.dot(b_w, b_S16, input_precision=PRECISION)
+        b_y = b_u - UNIT * tl.dot(b_w, b_S16, input_precision=PRECISION)
         if WRITE_STATES:
             tl.store(block_pointers(p_y, i_block, i_v, C, WV, BV), b_y.to(DT))
         b_v = (b_y * tl.load(p_strength + i_block * C + tl.arange(0, C))[:, None]).to(DT)
         if WRITE_O:
             b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
             b_Aqk = tl.load(block_pointers(p_Aqk, i_block, 0, C, C, C))
-            b_o = tl.dot(b_qg, b_S16, input_precision=PRECISION)
+            b_o = UNIT * tl.dot(b_qg, b_S16, input_precision=PRECISION)
             b_o = tl.dot(b_Aqk, b_v, b_o, input_precision=PRECISION)
             store_rows(p_o, b_o, token + i * C, length - i * C, i_head, HV, V, C, BV, i_v * BV)
         b_S = tl.dot(tl.trans(b_kg), b_v, b_S * b_total[:, None], input_precision=PRECISION)
@@ -116,7 +116,7 @@ def scan_backward_kernel(
     p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
     p_first_chunk, T, NT, NS, SC, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state of one sequence, or segment of it, and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
@@ -148,7 +148,8 @@ def scan_backward_kernel(
         b_total = exp2(tl.load(p_total + i_block * BK + tl.arange(0, BK)))
         b_qg = tl.load(block_pointers(p_qg, i_block, 0, C, BK, BK))
         b_w = tl.load(block_pointers(p_w, i_block, 0, C, BK, BK))
-        b_dS = tl.dot(tl.trans(b_qg), b_do, b_dS * b_total[:, None], input_precision=PRECISION)
-        b_dS -= tl.dot(tl.trans(b_w), b_dy, input_precision=PRECISION)
+        b_within = tl.dot(tl.trans(b_qg), b_do, input_precision=PRECISION)
+        b_within = tl.dot(tl.trans(b_w), -b_dy, b_within, input_precision=PRECISION)
+        b_dS = b_dS * b_total[:, None] + UNIT * b_within
     if HAS_INITIAL:
         store_state(p_d_initial, b_dS, i_nh, i_v, K, V, BK, BV, V_FIRST)

@@ -198,13 +198,18 @@ def _chunk_kda(
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
 
 
+def state_shape(raw: Raw, cu_seqlens: Tensor | None, state_v_first: bool) -> tuple[int, ...]:
+    """Return the shape of initial and final states."""
+    K, (B, _, HV, V) = raw.k.shape[-1], raw.v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (N, HV, V, K) if state_v_first else (N, HV, K, V)
+
+
 def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Return output and final state of a KDA operator as shapes and dtypes only."""
     raw, cu_seqlens, state_v_first = Raw(*arguments[:12]), arguments[13], arguments[15]
-    K, (B, _, HV, V) = raw.k.shape[-1], raw.v.shape
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dims = (V, K) if state_v_first else (K, V)
-    return raw.q.new_empty(raw.v.shape), raw.q.new_empty((N, HV, *dims), dtype=accumulation_dtype(raw.q))
+    shape = state_shape(raw, cu_seqlens, state_v_first)
+    return raw.q.new_empty(raw.v.shape), raw.q.new_empty(shape, dtype=accumulation_dtype(raw.q))
 
 
 _chunk_kda.register_fake(fake)
@@ -214,7 +219,7 @@ _chunk_kda.register_fake(fake)
 @in_its_own_precision
 def _chunk_kda_backward(
     d_o: Tensor,
-    d_final: Tensor,
+    d_final: Tensor | None,
     o: Tensor,
     q: Tensor,
     k: Tensor,
@@ -251,6 +256,7 @@ def _chunk_kda_backward(
     sources = (*raw[:5], initial_state, cu_seqlens, d_o, d_final)
     states, v_new, _ = _scan_states(x, initial, packing, sources)
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
+    d_final = q.new_zeros(state_shape(raw, cu_seqlens, state_v_first), dtype=dO.dtype) if d_final is None else d_final
     d_final = d_final.mT if state_v_first else d_final
     d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sources)
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
@@ -271,11 +277,10 @@ def _(d_o: Tensor, d_final: Tensor, o: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save the arguments and the output of a KDA operator, which the caller holds anyway, and what it kept besides."""
-    o, final, *kept = output
+    o, _, *kept = output
     ctx.save_for_backward(o, *inputs[:7], *inputs[12:14], *kept)
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # or zeros as large as what was kept would be made
-    ctx.like_final = final.shape, {"dtype": final.dtype, "device": final.device}
     ctx.options = (inputs[7:12], inputs[14:])
 
 
@@ -284,9 +289,7 @@ def backward(ctx: Any, d_o: Tensor | None, d_final: Tensor | None, *_: None) -> 
     saved = ctx.saved_tensors  # asked for once: checkpointing allows no more
     o, *raw, initial_state, cu_seqlens = saved[:10]
     flags, options = ctx.options
-    shape, like = ctx.like_final
     d_o = torch.zeros_like(o) if d_o is None else d_o
-    d_final = torch.zeros(shape, **like) if d_final is None else d_final
     arguments = (*raw, *flags, initial_state, cu_seqlens, *options)
     grads = _chunk_kda_backward(d_o, d_final, o, *arguments, *saved[10:])
     wanted = [None if x is None else grad for x, grad in zip((*raw, initial_state), grads, strict=True)]

@@ -104,9 +104,9 @@ def test_chunk_kda(dynamic: bool, packed: bool, options: dict[str, Any], dtype: 
         assert final is not None
         return o.float().sum() + final.sum()
 
-    # Forward: prepare, scan.  Backward: prepare, scan, scan back, triangle, inputs; in bfloat16 inputs of near and of
-    # far chunks.  Packed: where chunks lie, twice.
-    check_writes(joint_graph(loss, q, k, v, g, beta), 7 + (dtype == torch.bfloat16) + 2 * packed)
+    # Forward: prepare near and far, scan.  Backward: prepare near and far, scan, scan back, triangle, inputs; in
+    # bfloat16 inputs of near and of far chunks.  Packed: where chunks lie, twice.
+    check_writes(joint_graph(loss, q, k, v, g, beta), 9 + (dtype == torch.bfloat16) + 2 * packed)
 
 
 def test_chunk_kda_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_chunk_kda_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [torch.randn(1, 256, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
     beta = torch.rand(1, 256, 2, dtype=torch.bfloat16, requires_grad=True)
     # Two more scans and a join forward, three and two in the backward.
-    check_writes(joint_graph(lambda *x: chunk_kda(*x)[0].float().sum(), *x, beta), 8 + 3 + 5)
+    check_writes(joint_graph(lambda *x: chunk_kda(*x)[0].float().sum(), *x, beta), 10 + 3 + 5)
 
 
 def test_short_conv() -> None:
