@@ -43,7 +43,6 @@ from .decay import (
     meets,
     needs_tree,
     opaque_zero,
-    reciprocal,
     row_decay,
     sigmoid,
     split,

@@ -116,7 +116,8 @@ def scan_backward_kernel(
     p_do, p_d_final, p_qg, p_kg, p_w, p_Aqk, p_total, p_strength, p_d_states, p_dv_new, p_d_initial, p_cu_seqlens,
     p_first_chunk, T, NT, NS, SC, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, BV: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    V_FIRST: tl.constexpr, WRITE_STATES: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry the gradient of the state of one sequence, or segment of it, and value head back through the chunks."""
     i_v, i_nh = tl.program_id(0) % (WV // BV), tl.program_id(0) // (WV // BV)
