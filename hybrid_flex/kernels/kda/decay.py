@@ -287,15 +287,15 @@ def meets(step, C: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def is_far(b_c):
+def is_far(b_c, REACH: tl.constexpr):
     """Tell where c is below what the chunk's anchor can carry: NOTE [Chunk anchor]."""
-    return b_c < -160.0
+    return b_c < -2.0 * REACH
 
 
 @triton.jit
-def anchor_rows(b_c):
+def anchor_rows(b_c, REACH: tl.constexpr):
     """Return the factors of rows for the chunk's anchor, zero where a row is far: NOTE [Chunk anchor]."""
-    return exp2(tl.where(is_far(b_c), -1000.0, b_c + 80.0))
+    return exp2(tl.where(is_far(b_c, REACH), -1000.0, b_c + REACH))
 
 
 @triton.jit

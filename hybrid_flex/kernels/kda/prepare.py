@@ -153,7 +153,7 @@ def step_products(
 @triton.jit
 def far_pairs(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, TILE: tl.constexpr, ANCHOR: tl.constexpr,
-    SAFE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    SAFE: tl.constexpr, REACH: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the pairs of a slice of K whose row is far from the chunk's start: NOTE [Chunk anchor] in decay.py.
 
@@ -168,7 +168,7 @@ def far_pairs(
         if ANCHOR:
             zero = opaque_zero("level", step)
             b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
-            b_row = tl.where(is_far(b_c), b_row, 0.0)
+            b_row = tl.where(is_far(b_c, REACH), b_row, 0.0)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
         b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, TILE), step, DT, PRECISION)
     if not SAFE:
@@ -179,6 +179,9 @@ def far_pairs(
                 b_c = sum_rows(load_matrix(p_table, ROWS + zero, C), b_high, b_low)
                 b_x = sum_rows(load_matrix(p_table, TREE + step, C), b_high, b_low)
                 b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
+                if ANCHOR:
+                    b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
+                    b_row = tl.where(is_far(b_c, REACH), b_row, 0.0)
                 b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), step, DT, PRECISION)
     return b_qk, b_kk
 
@@ -249,7 +252,7 @@ def prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    ANCHOR: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    ANCHOR: tl.constexpr, REACH: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
     KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
@@ -280,6 +283,7 @@ def prepare_kernel(
         p_kc = p_u  # which comes last
     WC: tl.constexpr = BK if BK > WV else WV
     any_far = 0 if ANCHOR else 1
+    b_start, b_one = load_matrix(p_table, FROM_START, C), load_matrix(p_table, ONE, C)
     for i_s in tl.range(BK // SK, disable_licm=True):  # what is made anew in every turn takes no registers
         first = i_s * SK
         b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
@@ -288,34 +292,33 @@ def prepare_kernel(
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
         zero = opaque_zero("decay", i_s)
-        b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
+        b_c = sum_rows(b_start, b_high, b_low)
         i_k = first + tl.arange(0, SK)
-        tl.store(p_total + i_block * BK + i_k[None, :] + i_row[:, None] * 0, b_c, mask=i_row[:, None] == C - 1)
+        b_total = tl.min(b_c, 0)  # the last row's
+        tl.store(p_total + i_block * BK + i_k, b_total)
         if ANCHOR:
-            b_row = anchor_rows(b_c)
-            far = (tl.min(tl.min(b_row, 1), 0) == 0.0).to(tl.int32)
-            tl.store(p_far + i_block * (BK // SK) + i_s, far)
+            far = is_far(tl.min(b_total, 0), REACH).to(tl.int32)
             any_far |= far
+            tl.store(p_far + i_block * (BK // SK) + i_s, far + is_far(tl.min(b_total, 0), 80).to(tl.int32))
+            b_row = anchor_rows(b_c, REACH)
         else:
             b_row = exp2(b_c)
         zero = opaque_zero("q", i_s)
-        b_one = load_matrix(p_table, ONE + zero, C)
         b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)), DT)
         b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_row
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
         zero = opaque_zero("k", i_s)
-        b_one = load_matrix(p_table, ONE + zero, C)
         b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
+        zero = opaque_zero("rows of k", i_s)
         b_Pk = widen(b_k, zero) * b_rk[:, None] * b_row
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT))
-        if ANCHOR:  # E_j = 2^80 total col_j
-            tl.debug_barrier()  # the decay of the whole chunk has been stored
+        if ANCHOR:  # E_j = 2^REACH total col_j
             zero = opaque_zero("columns of k", i_s)
             b_kc = widen(b_k, zero) * b_rk[:, None] * anchor_columns(b_row)
             if not KEPT:
                 tl.store(block_pointers(p_kc, i_block + zero, i_s, C, WC, SK), cast(b_kc, DT))
-            b_total = exp2(tl.load(p_total + (i_block + zero) * BK + i_k) + 80.0)
-            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kc * b_total[None, :], DT))
+            b_kg = b_kc * exp2(b_total + REACH)[None, :]
+            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
 
     tl.debug_barrier()  # all of this has been stored
     if KEPT:
@@ -338,15 +341,14 @@ def prepare_far_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
-    ANCHOR: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
-    KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
+    ANCHOR: tl.constexpr, REACH: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
+    FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows."""
     i_block = tl.program_id(0).to(tl.int64)
     NUM: tl.constexpr = BK // SK
     if ANCHOR:
-        any_far = tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0)
-        if any_far == 0:
+        if tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0) < 2:
             return
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     if PACKED:
@@ -365,8 +367,8 @@ def prepare_far_kernel(
     b_kk = tl.zeros((C, C), dtype=tl.float32)
     for i_s in range(NUM):
         first = i_s * SK
-        far = tl.load(p_far + i_block * NUM + i_s) if ANCHOR else 1
-        if far != 0:
+        far = tl.load(p_far + i_block * NUM + i_s) if ANCHOR else 2
+        if far == 2:
             b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
                 p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
                 HAS_BIAS, first,
@@ -381,7 +383,7 @@ def prepare_far_kernel(
             if not KEPT:
                 b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
                 b_qk, b_kk = far_pairs(
-                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, DT, PRECISION
+                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, REACH, DT, PRECISION
                 )
     if not KEPT:
         # The norms are factors of rows and columns: they are applied to the products, which are smaller.
