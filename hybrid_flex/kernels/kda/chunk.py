@@ -107,7 +107,7 @@ def _anchor(raw: Any, C: int) -> dict[str, Any]:
     anchor = raw.q.dtype == torch.bfloat16
     safe = anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7
     tile_rows = min(C, 32) if anchor and not safe else 16
-    return {"ANCHOR": anchor, "REACH": 100 if raw.l2norm else 80, "SAFE": safe, "TILE": tile_rows}
+    return {"ANCHOR": anchor, "REACH": 104 if raw.l2norm else 80, "SAFE": safe, "TILE": tile_rows}
 
 
 class _Workspace(NamedTuple):

@@ -71,10 +71,13 @@ def row_pointers(p_x, token, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def load_rows(p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0):
+def load_rows(
+    p_x, token, length, i_head, HEADS, WIDTH, C: tl.constexpr, BLOCK: tl.constexpr, first=0, LAST: tl.constexpr = False
+):
     """Load ``[C, BLOCK]`` of x from a row and a column on; zero past the chunk's rows and the width."""
     mask = (tl.arange(0, C)[:, None] < length) & (first + tl.arange(0, BLOCK)[None, :] < WIDTH)
-    return tl.load(row_pointers(p_x, token, i_head, HEADS, WIDTH, C, BLOCK, first), mask=mask, other=0.0)
+    pointers = row_pointers(p_x, token, i_head, HEADS, WIDTH, C, BLOCK, first)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -95,7 +98,8 @@ def block_pointers(p_x, i_block, i_s, C: tl.constexpr, WIDTH: tl.constexpr, BLOC
 @triton.jit
 def store_block(p_x, b_x, i_block, C: tl.constexpr, WIDTH: tl.constexpr):
     """Store block ``[C, WIDTH]`` number i of a workspace ``[blocks, C, WIDTH]``."""
-    tl.store(block_pointers(p_x, i_block, 0, C, WIDTH, WIDTH), cast(b_x, p_x.dtype.element_ty))
+    pointers = block_pointers(p_x, i_block, 0, C, WIDTH, WIDTH)
+    tl.store(pointers, cast(b_x, p_x.dtype.element_ty), eviction_policy="evict_first")
 
 
 @triton.jit
@@ -106,7 +110,7 @@ def load_gate(
 ):  # fmt: skip
     """Load the gate of a chunk: its argument z = g + dt_bias [C, BK], its slope, and the log decay in bits [C, BK]."""
     i_k = first + tl.arange(0, BK)[None, :]
-    b_z = load_rows(p_g, token, length, i_head, HV, K, C, BK, first).to(tl.float32)
+    b_z = load_rows(p_g, token, length, i_head, HV, K, C, BK, first, True).to(tl.float32)
     slope = 1.0
     if HAS_BIAS:
         b_z += tl.load(p_dt_bias + i_head * K + i_k, mask=i_k < K, other=0.0).to(tl.float32)
@@ -225,7 +229,7 @@ def finish_chunk(
 ):  # fmt: skip
     """Add the pairs of rows that share the chunk's anchor to those of far rows; leave Aqk, A, u and w."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(p_Aqk.dtype.element_ty)  # on its way early
+    b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV, 0, True).to(p_Aqk.dtype.element_ty)  # on its way early
     if ANCHOR:
         WC: tl.constexpr = BK if BK > WV else WV
         for i_s in range(BK // SK):
@@ -304,21 +308,23 @@ def prepare_kernel(
         else:
             b_row = exp2(b_c)
         zero = opaque_zero("q", i_s)
-        b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first)), DT)
+        b_q = cast(as_product(b_one, load_rows(p_q, token + zero, length, i_group, H, K, C, SK, first, True)), DT)
         b_qg = widen(b_q, zero) * (b_rq * scale)[:, None] * b_row
         tl.store(block_pointers(p_qg, i_block + zero, i_s, C, BK, SK), cast(b_qg, DT))
         zero = opaque_zero("k", i_s)
-        b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first)), DT)
+        b_k = cast(as_product(b_one, load_rows(p_k, token + zero, length, i_group, H, K, C, SK, first, True)), DT)
         zero = opaque_zero("rows of k", i_s)
         b_Pk = widen(b_k, zero) * b_rk[:, None] * b_row
-        tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT))
+        tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT), eviction_policy="evict_last")
         if ANCHOR:  # E_j = 2^REACH total col_j
             zero = opaque_zero("columns of k", i_s)
             b_kc = widen(b_k, zero) * b_rk[:, None] * anchor_columns(b_row)
             if not KEPT:
-                tl.store(block_pointers(p_kc, i_block + zero, i_s, C, WC, SK), cast(b_kc, DT))
+                p_slice = block_pointers(p_kc, i_block + zero, i_s, C, WC, SK)
+                tl.store(p_slice, cast(b_kc, DT), eviction_policy="evict_last")
             b_kg = b_kc * exp2(b_total + REACH)[None, :]
-            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
+            p_slice = block_pointers(p_kg, i_block + zero, i_s, C, BK, SK)
+            tl.store(p_slice, cast(b_kg, DT), eviction_policy="evict_first")
 
     tl.debug_barrier()  # all of this has been stored
     if KEPT:
