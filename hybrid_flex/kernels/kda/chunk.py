@@ -107,7 +107,8 @@ def _anchor(raw: Any, C: int) -> dict[str, Any]:
     anchor = raw.q.dtype == torch.bfloat16
     safe = anchor and raw.gate and raw.lower_bound is not None and raw.lower_bound >= -7
     tile_rows = min(C, 32) if anchor and not safe else 16
-    return {"ANCHOR": anchor, "REACH": 104 if raw.l2norm else 80, "SAFE": safe, "TILE": tile_rows}
+    shift, reach = (104, 220) if raw.l2norm else (80, 180)
+    return {"ANCHOR": anchor, "SHIFT": shift, "RANGE": reach, "SAFE": safe, "TILE": tile_rows}
 
 
 class _Workspace(NamedTuple):
@@ -219,7 +220,7 @@ def _scan_arguments(plan: _Plan, segments: Segments) -> tuple[list[Any], dict[st
     tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
     positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence, *segments]
     keywords = {**sizes, "BV": SLICE, **{name: plan.gate[name] for name in ("PACKED", "PRECISION")}}
-    keywords |= {"UNIT": 2.0 ** -plan.gate["REACH"] if plan.gate["ANCHOR"] else 1.0}
+    keywords |= {"UNIT": 2.0 ** -plan.gate["SHIFT"] if plan.gate["ANCHOR"] else 1.0}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
     return positional, keywords, plan.num_sequences * segments.count * sizes["HV"]
 

@@ -157,7 +157,7 @@ def step_products(
 @triton.jit
 def far_pairs(
     b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C: tl.constexpr, TILE: tl.constexpr, ANCHOR: tl.constexpr,
-    SAFE: tl.constexpr, REACH: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+    SAFE: tl.constexpr, RANGE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the pairs of a slice of K whose row is far from the chunk's start: NOTE [Chunk anchor] in decay.py.
 
@@ -172,7 +172,7 @@ def far_pairs(
         if ANCHOR:
             zero = opaque_zero("level", step)
             b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
-            b_row = tl.where(is_far(b_c, REACH), b_row, 0.0)
+            b_row = tl.where(is_far(b_c, RANGE), b_row, 0.0)
         b_col = col_decay(tl.where(step == 0, -1.0, 1.0) * b_x, ANCHOR, SAFE)
         b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, TILE), step, DT, PRECISION)
     if not SAFE:
@@ -185,7 +185,7 @@ def far_pairs(
                 b_row, b_col = tree_decay(b_x, b_c, ANCHOR), exp2(b_x)
                 if ANCHOR:
                     b_c = sum_rows(load_matrix(p_table, FROM_START + zero, C), b_high, b_low)
-                    b_row = tl.where(is_far(b_c, REACH), b_row, 0.0)
+                    b_row = tl.where(is_far(b_c, RANGE), b_row, 0.0)
                 b_qk, b_kk = step_products(b_qk, b_kk, b_q, b_k, b_row, b_col, meets(step, C, 1), step, DT, PRECISION)
     return b_qk, b_kk
 
@@ -256,7 +256,7 @@ def prepare_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr, FACTOR: tl.constexpr,
-    ANCHOR: tl.constexpr, REACH: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
+    ANCHOR: tl.constexpr, SHIFT: tl.constexpr, RANGE: tl.constexpr, PACKED: tl.constexpr, FOR_BACKWARD: tl.constexpr,
     KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare one chunk of one value head; blocks of the workspace are numbered ``chunk * HV + head``.
@@ -301,10 +301,10 @@ def prepare_kernel(
         b_total = tl.min(b_c, 0)  # the last row's
         tl.store(p_total + i_block * BK + i_k, b_total)
         if ANCHOR:
-            far = is_far(tl.min(b_total, 0), REACH).to(tl.int32)
+            far = is_far(tl.min(b_total, 0), RANGE).to(tl.int32)
             any_far |= far
-            tl.store(p_far + i_block * (BK // SK) + i_s, far + is_far(tl.min(b_total, 0), 80).to(tl.int32))
-            b_row = anchor_rows(b_c, REACH)
+            tl.store(p_far + i_block * (BK // SK) + i_s, far + is_far(tl.min(b_total, 0), 160).to(tl.int32))
+            b_row = anchor_rows(b_c, SHIFT, RANGE)
         else:
             b_row = exp2(b_c)
         zero = opaque_zero("q", i_s)
@@ -316,13 +316,13 @@ def prepare_kernel(
         zero = opaque_zero("rows of k", i_s)
         b_Pk = widen(b_k, zero) * b_rk[:, None] * b_row
         tl.store(block_pointers(p_w, i_block + zero, i_s, C, BK, SK), cast(b_Pk, DT), eviction_policy="evict_last")
-        if ANCHOR:  # E_j = 2^REACH total col_j
+        if ANCHOR:  # E_j = 2^SHIFT total col_j
             zero = opaque_zero("columns of k", i_s)
             b_kc = widen(b_k, zero) * b_rk[:, None] * anchor_columns(b_row)
             if not KEPT:
                 p_slice = block_pointers(p_kc, i_block + zero, i_s, C, WC, SK)
                 tl.store(p_slice, cast(b_kc, DT), eviction_policy="evict_last")
-            b_kg = b_kc * exp2(b_total + REACH)[None, :]
+            b_kg = b_kc * exp2(b_total + SHIFT)[None, :]
             p_slice = block_pointers(p_kg, i_block + zero, i_s, C, BK, SK)
             tl.store(p_slice, cast(b_kg, DT), eviction_policy="evict_first")
 
@@ -347,7 +347,7 @@ def prepare_far_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
-    ANCHOR: tl.constexpr, REACH: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
+    ANCHOR: tl.constexpr, RANGE: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
     FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows."""
@@ -389,7 +389,7 @@ def prepare_far_kernel(
             if not KEPT:
                 b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
                 b_qk, b_kk = far_pairs(
-                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, REACH, DT, PRECISION
+                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, RANGE, DT, PRECISION
                 )
     if not KEPT:
         # The norms are factors of rows and columns: they are applied to the products, which are smaller.

@@ -108,7 +108,9 @@ def anchored_inputs(case: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return x, options
 
 
-def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], reach: int = 100) -> list[Tensor]:
+def force_anchor(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], shift: int = 104, reach: int = 220
+) -> list[Tensor]:
     """Let float32 go the way of bfloat16; return a list that collects which slices of chunks are far."""
     from hybrid_flex.kernels.kda import chunk, decay
 
@@ -122,19 +124,19 @@ def force_anchor(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], reach
 
     monkeypatch.setattr(chunk, "_prepare", spy)
     safe = "lower_bound" in options
-    anchor = {"ANCHOR": True, "REACH": reach, "SAFE": safe, "TILE": 16 if safe else 32}
+    anchor = {"ANCHOR": True, "SHIFT": shift, "RANGE": reach, "SAFE": safe, "TILE": 16 if safe else 32}
     monkeypatch.setattr(chunk, "_anchor", lambda raw, C: anchor)
     if decay.INTERPRETED:  # a GPU has no room for 64 rows of float32
         monkeypatch.setattr(chunk, "_most_rows", lambda width, element_size: 64)
     return far
 
 
-@pytest.mark.parametrize("reach", [80, 100])
+@pytest.mark.parametrize(("shift", "reach"), [(80, 160), (104, 220)])
 @pytest.mark.parametrize("case", ["near", "one far channel", "lower bound", "softplus", "resets"])
-def test_anchors(case: str, reach: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_anchors(case: str, shift: int, reach: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of bfloat16, in float32: one anchor for a chunk, far rows by tiles, and rows that must take the tree."""
     x, options = anchored_inputs(case)
-    far = force_anchor(monkeypatch, options, reach)
+    far = force_anchor(monkeypatch, options, shift, reach)
     got, want = both(x, device, options, None, False, 64)
     slices = far[-1].bool()  # [chunks * 2 heads, 2 slices of K]; 2 where rows are far for the forward, too
     if case == "near":
