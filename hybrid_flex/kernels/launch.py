@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +15,22 @@ import triton
 from hybrid_flex.checks import is_plain
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
+Job = Callable[[], object]
+
+_collected: ContextVar[list[Job] | None] = ContextVar("collected", default=None)
+
+
+class _Collector:
+    """A kernel whose launches are noted down as compilations, and not made."""
+
+    def __init__(self, kernel: Any, jobs: list[Job]) -> None:
+        self.kernel, self.jobs = kernel, jobs
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def note(*args: Any, **kwargs: Any) -> None:
+            self.jobs.append(functools.partial(self.kernel.warmup, *args, grid=grid, **kwargs))
+
+        return note
 
 
 def launchable(kernel: Any) -> Any:
@@ -20,7 +39,26 @@ def launchable(kernel: Any) -> Any:
     Under Triton's interpreter (``TRITON_INTERPRET=1``, for tests without a GPU) a kernel is no `JITFunction` and cannot
     be traced; it is run as it is.
     """
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+    if not isinstance(kernel, triton.JITFunction):
+        return kernel
+    jobs = _collected.get()
+    return torch.library.wrap_triton(kernel) if jobs is None else _Collector(kernel, jobs)
+
+
+def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that ``call`` launches, side by side; nothing is launched, so what it computes is garbage.
+
+    Triton compiles a kernel when it is first launched, one after the other.  What fails here will fail there again.
+    """
+    jobs: list[Job] = []
+    token = _collected.set(jobs)
+    try:
+        call()
+    finally:
+        _collected.reset(token)
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        for compilation in [pool.submit(job) for job in jobs]:
+            compilation.exception()
 
 
 def on_its_device(launcher: Launcher) -> Launcher:

@@ -9,13 +9,15 @@ The backward begins from the raw inputs and the output, and from A and Aqk of ev
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, on_its_device
+from hybrid_flex.checks import is_plain
+from hybrid_flex.kernels.launch import compile_ahead, launchable, on_its_device
 
 from .decay import exponent_table
 from .far import far_inputs_kernel
@@ -169,9 +171,15 @@ def _prepare(
     return work
 
 
+@functools.cache
+def _parameters(kernel: Any) -> frozenset[str]:
+    return frozenset(kernel.arg_names)
+
+
 def _only(kernel: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     """Return those of the keywords that a kernel takes."""
-    return {name: value for name, value in keywords.items() if name in kernel.arg_names}
+    parameters = _parameters(kernel)
+    return {name: value for name, value in keywords.items() if name in parameters}
 
 
 def _or_q(plan: _Plan, *tensors: Tensor | None) -> list[Tensor]:
@@ -283,6 +291,35 @@ def _beginnings(
     return M, _join(plan, M, N, initial, v_first, back=False)
 
 
+_compiled: set[tuple[Any, ...]] = set()
+
+
+def _compile_first(
+    raw: Any, initial_state: Tensor | None, cu_seqlens: Tensor | None, v_first: bool, chunk_size: int, keep: bool,
+    *, only_backward: bool = False,
+) -> None:  # fmt: skip
+    """Before the first call of its kind compile all that it launches, and with ``keep`` its backward, side by side."""
+    q, states = raw.q, initial_state is not None
+    if not (q.is_cuda and is_plain(q)):
+        return
+    kind = (q.shape[2:], raw.v.shape[2:], *(x if x is None else x.dtype for x in raw[:7]), raw[7:], states)
+    kind += (cu_seqlens is not None, v_first, chunk_size, keep, only_backward, q.device)
+    if kind in _compiled:
+        return
+    _compiled.add(kind)
+    raw = raw._replace(**{name: getattr(raw, name)[:1, :1] for name in ("q", "k", "v", "g", "beta")})
+    initial_state = None if initial_state is None or cu_seqlens is not None else initial_state[:1]
+
+    def call() -> None:  # a token is enough
+        o, kept = raw.v, None
+        if not only_backward:
+            o, _, *kept = forward(raw, initial_state, cu_seqlens, 1.0, v_first, chunk_size, keep)
+        if keep or only_backward:
+            backward(o, None, o, raw, initial_state, cu_seqlens, 1.0, v_first, chunk_size, kept or None)
+
+    compile_ahead(call, q.device)
+
+
 def shape_of_kept(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[int, int, int]:
     """Return the shape of A and of Aqk that `forward` keeps."""
     C = _chunk_rows(raw, chunk_size)
@@ -298,6 +335,7 @@ def forward(
 
     With ``keep`` also A and Aqk of every chunk and value head, ``[blocks, C, C]``.
     """
+    _compile_first(raw, initial_state, cu_seqlens, state_v_first, chunk_size, keep)
     plan = _plan(raw, cu_seqlens, chunk_size)
     o = raw.v.new_empty(raw.v.shape)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -316,6 +354,8 @@ def backward(
     scale: float, state_v_first: bool, chunk_size: int, kept: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Compute the gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty where one is absent."""
+    if kept is None:
+        _compile_first(raw, initial_state, cu_seqlens, state_v_first, chunk_size, False, only_backward=True)
     plan = _plan(raw, cu_seqlens, chunk_size)
     shapes, raw = raw, plan.raw
     sizes, device = plan.sizes, raw.q.device

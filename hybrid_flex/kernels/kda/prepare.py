@@ -353,9 +353,9 @@ def prepare_far_kernel(
     """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows."""
     i_block = tl.program_id(0).to(tl.int64)
     NUM: tl.constexpr = BK // SK
-    if ANCHOR:
-        if tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0) < 2:
-            return
+    farthest = tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0) if ANCHOR else 2
+    if farthest < 2:
+        return
     i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
     if PACKED:
         token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)

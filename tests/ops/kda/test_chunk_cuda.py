@@ -224,3 +224,48 @@ def test_training_step_in_a_cuda_graph(fresh_dynamo: None) -> None:
         with torch.no_grad():
             for t in x.values():
                 t.add_(0.1 * torch.randn_like(t))
+
+
+def test_a_captured_call_shares_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every call needs is made once, not again in every graph."""
+    from hybrid_flex.kernels.kda import decay
+
+    x = {name: t.detach() for name, t in inputs(1, 100, 2, 2, 64, 64, torch.bfloat16).items()}
+    want, _ = chunk_kda(**x, **LOWER)
+
+    def fail(*_: object) -> Tensor:
+        raise AssertionError("the table was made again")
+
+    monkeypatch.setattr(decay, "_exponent_table", fail)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = chunk_kda(**x, **LOWER)
+    o.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(o, want)
+
+
+def test_the_backward_is_compiled_with_the_forward() -> None:
+    from hybrid_flex.kernels.kda import chunk
+
+    kernels = [kernel for name, kernel in vars(chunk).items() if name.endswith("_kernel")]
+
+    def num_compiled() -> int:
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+
+    chunk._compiled.clear()
+    x = inputs(1, 100, 3, 3, 32, 32, torch.bfloat16)
+    o, _ = chunk_kda(**x, **LOWER)
+    after_forward = num_compiled()
+    torch.autograd.grad(o.sum(), list(x.values()))
+    assert num_compiled() == after_forward
+
+
+def test_large_values() -> None:
+    """States of 10^5 meet decays that are carried 2^104 times too large: NOTE [Chunk anchor]."""
+    x = inputs(1, 300, 2, 2, 128, 128, torch.bfloat16)
+    with torch.no_grad():
+        x["v"] *= 3e4
+        x["initial_state"] *= 3e4
+        x["dt_bias"] -= 6
+    check(x, **LOWER)
