@@ -45,6 +45,11 @@ def launchable(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if jobs is None else _Collector(kernel, jobs)
 
 
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n, which is at least 1; Triton's takes ten times as long."""
+    return 1 << (n - 1).bit_length()
+
+
 def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
     """Compile the kernels that ``call`` launches, side by side; nothing is launched, so what it computes is garbage.
 

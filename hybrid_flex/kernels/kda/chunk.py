@@ -13,11 +13,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from hybrid_flex.checks import is_plain
-from hybrid_flex.kernels.launch import compile_ahead, launchable, on_its_device
+from hybrid_flex.kernels.launch import compile_ahead, launchable, next_power_of_2, on_its_device
 
 from .decay import exponent_table
 from .far import far_inputs_kernel
@@ -58,7 +57,7 @@ def _most_rows(width: int, element_size: int) -> int:
 
 def _padded(width: int) -> int:
     """Return the width that K or V is padded to."""
-    return max(SLICE, triton.next_power_of_2(width))
+    return max(SLICE, next_power_of_2(width))
 
 
 def _chunk_rows(raw: Any, chunk_size: int) -> int:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, on_its_device
+from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 from .decay import sigmoid, softplus
@@ -218,10 +218,10 @@ def kda_decode_kernel(
 
 def tile_sizes(num_states: int, K: int, V: int) -> tuple[int, int, int]:
     """Return BK, BV and the number of warps for states ``[num_states, K, V]``; see NOTE [Decode tiles]."""
-    BK = max(16, triton.next_power_of_2(K))
-    widest = max(LINE_WIDTHS[-1], triton.next_power_of_2(V))
+    BK = max(16, next_power_of_2(K))
+    widest = max(LINE_WIDTHS[-1], next_power_of_2(V))
     widths = [width for width in LINE_WIDTHS if width <= widest]
-    BV = next((width for width in widths if num_states * triton.cdiv(V, width) >= MIN_PROGRAMS), widths[-1])
+    BV = next((width for width in widths if num_states * -(-V // width) >= MIN_PROGRAMS), widths[-1])
     return BK, BV, min(MAX_WARPS, max(1, BK * BV // (32 * ELEMENTS_PER_THREAD)))
 
 
@@ -272,7 +272,7 @@ def launch_decode(
     tensors = (x if x is None else x.contiguous() for x in (A_log, dt_bias, initial_state, cu_seqlens, state_indices))
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
     pointers = tuple(q if x is None else x for x in tensors)
-    launchable(kda_decode_kernel)[(num_sequences * HV * triton.cdiv(V, BV),)](
+    launchable(kda_decode_kernel)[(num_sequences * HV * -(-V // BV),)](
         q,
         k,
         v,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, on_its_device
+from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 # Elements of a tile and of a thread, see NOTE [Row tiles].  Rows longer than a tile get more threads.
@@ -89,7 +89,7 @@ def _backward_kernel(
 
 def _tile(width: int, elements: int, per_thread: int) -> dict[str, int]:
     """Choose the rows of a tile and its warps, see NOTE [Row tiles]."""
-    padded = triton.next_power_of_2(max(width, 1))
+    padded = next_power_of_2(max(width, 1))
     rows = max(elements // padded, 1)
     return {"BR": rows, "BD": padded, "num_warps": min(rows * padded // (per_thread * WARP), MAX_WARPS)}
 

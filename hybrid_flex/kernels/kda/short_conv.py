@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, on_its_device
+from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 NUM_WARPS = 2
@@ -337,7 +337,7 @@ def _constants(x: Tensor, weight: Tensor, bias: Tensor | None, packed: bool, sil
     # See NOTE [Channel blocks].
     width = 32 * NUM_WARPS * min(16 // x.element_size(), channels)
     return {
-        "W": num_taps, "WP": triton.next_power_of_2(num_taps), "BD": width, "SILU": silu, "HAS_BIAS": bias is not None,
+        "W": num_taps, "WP": next_power_of_2(num_taps), "BD": width, "SILU": silu, "HAS_BIAS": bias is not None,
         "PACKED": packed, "num_warps": NUM_WARPS,
     }  # fmt: skip
 
