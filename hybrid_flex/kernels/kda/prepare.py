@@ -340,64 +340,72 @@ def prepare_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "NT"])
+@triton.jit(do_not_specialize=["T", "NT", "NB"])
 def prepare_far_kernel(
     p_q, p_k, p_v, p_g, p_A_log, p_dt_bias, p_chunk_token, p_chunk_length, p_table,
-    p_qg, p_kg, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, p_norms, p_far, p_kc, scale, lower_bound, T, NT,
+    p_qg, p_kg, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, p_norms, p_far, p_kc, scale, lower_bound, T, NT, NB,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    WV: tl.constexpr, SK: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
+    WV: tl.constexpr, SK: tl.constexpr, GROUP: tl.constexpr, GATE: tl.constexpr, LOWER: tl.constexpr,
     HAS_SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
     ANCHOR: tl.constexpr, RANGE: tl.constexpr, SAFE: tl.constexpr, TILE: tl.constexpr, PACKED: tl.constexpr,
     FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows."""
-    i_block = tl.program_id(0).to(tl.int64)
+    """Prepare what `prepare_kernel` left of chunks with far rows: kg of slices that have some, and all that follows.
+
+    Most chunks have none: a block looks at GROUP of the NB chunks, or less would be done than blocks begun.
+    """
     NUM: tl.constexpr = BK // SK
-    farthest = tl.max(tl.load(p_far + i_block * NUM + tl.arange(0, NUM)), 0) if ANCHOR else 2
-    if farthest < 2:
+    i_flags = tl.program_id(0).to(tl.int64) * (GROUP * NUM) + tl.arange(0, GROUP * NUM)
+    far_in_group = tl.max(tl.load(p_far + i_flags, mask=i_flags < NB * NUM, other=0), 0) if ANCHOR else 2
+    if far_in_group < 2:
         return
-    i_chunk, i_head = tl.program_id(0) // HV, tl.program_id(0) % HV
-    if PACKED:
-        token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
-    else:
-        token, length = chunk_place(i_chunk, T, NT, C)
-    i_group = i_head // (HV // H)
     # Inductor passes numbers as float64.
     scale, lower_bound = tl.cast(scale, tl.float32), tl.cast(lower_bound, tl.float32)
     DT: tl.constexpr = p_qg.dtype.element_ty
-    i_row = tl.arange(0, C)
-    b_rq = tl.load(p_norms + i_block * (2 * C) + i_row)
-    b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_row)
+    if WV >= BK:
+        p_kc = p_u
+    for i in tl.range(GROUP, disable_licm=True):
+        i_block = tl.program_id(0).to(tl.int64) * GROUP + i
+        i_flag = i_block * NUM + tl.arange(0, NUM)
+        far_in_chunk = tl.max(tl.load(p_far + i_flag, mask=i_flag < NB * NUM, other=0), 0) if ANCHOR else 2
+        if far_in_chunk == 2:
+            i_chunk, i_head = (i_block // HV).to(tl.int32), (i_block % HV).to(tl.int32)
+            if PACKED:
+                token, length = tl.load(p_chunk_token + i_chunk), tl.load(p_chunk_length + i_chunk)
+            else:
+                token, length = chunk_place(i_chunk, T, NT, C)
+            i_group = i_head // (HV // H)
+            i_row = tl.arange(0, C)
+            b_rq = tl.load(p_norms + i_block * (2 * C) + i_row)
+            b_rk = tl.load(p_norms + i_block * (2 * C) + C + i_row)
 
-    b_qk = tl.zeros((C, C), dtype=tl.float32)
-    b_kk = tl.zeros((C, C), dtype=tl.float32)
-    for i_s in range(NUM):
-        first = i_s * SK
-        far = tl.load(p_far + i_block * NUM + i_s) if ANCHOR else 2
-        if far == 2:
-            b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
-                p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER, HAS_SLOPE,
-                HAS_BIAS, first,
-            )  # fmt: skip
-            b_high, b_low = split(b_g, DT)
-            b_one = load_matrix(p_table, ONE, C)
-            b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
-            b_E = exp2(sum_rows(load_matrix(p_table, TO_END, C), b_high, b_low))
-            zero = opaque_zero("k", i_s)
-            b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
-            tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
+            b_qk = tl.zeros((C, C), dtype=tl.float32)
+            b_kk = tl.zeros((C, C), dtype=tl.float32)
+            for i_s in range(NUM):
+                first = i_s * SK
+                far = tl.load(p_far + i_block * NUM + i_s) if ANCHOR else 2
+                if far == 2:
+                    b_z, slope, b_g = load_gate(  # noqa: RUF059 (a loop of Triton has no throw-away names)
+                        p_g, p_A_log, p_dt_bias, lower_bound, token, length, i_head, HV, K, C, SK, GATE, LOWER,
+                        HAS_SLOPE, HAS_BIAS, first,
+                    )  # fmt: skip
+                    b_high, b_low = split(b_g, DT)
+                    b_one = load_matrix(p_table, ONE, C)
+                    b_k = cast(as_product(b_one, load_rows(p_k, token, length, i_group, H, K, C, SK, first)), DT)
+                    b_E = exp2(sum_rows(load_matrix(p_table, TO_END, C), b_high, b_low))
+                    zero = opaque_zero("k", i_s)
+                    b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
+                    tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
+                    if not KEPT:
+                        b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
+                        b_qk, b_kk = far_pairs(
+                            b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, RANGE, DT, PRECISION
+                        )
             if not KEPT:
-                b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
-                b_qk, b_kk = far_pairs(
-                    b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, RANGE, DT, PRECISION
-                )
-    if not KEPT:
-        # The norms are factors of rows and columns: they are applied to the products, which are smaller.
-        b_qk *= (b_rq * scale)[:, None] * b_rk[None, :]
-        b_kk *= b_rk[:, None] * b_rk[None, :]
-        if WV >= BK:
-            p_kc = p_u
-        finish_chunk(
-            b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
-            C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
-        )  # fmt: skip
+                # The norms are factors of rows and columns: they are applied to the products, which are smaller.
+                b_qk *= (b_rq * scale)[:, None] * b_rk[None, :]
+                b_kk *= b_rk[:, None] * b_rk[None, :]
+                finish_chunk(
+                    b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head,
+                    HV, V, C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
+                )  # fmt: skip
