@@ -225,9 +225,12 @@ def apply_inverse(
 def finish_chunk(
     b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
     C: tl.constexpr, BK: tl.constexpr, WV: tl.constexpr, SK: tl.constexpr, L2NORM: tl.constexpr, SIGMOID: tl.constexpr,
-    ANCHOR: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ANCHOR: tl.constexpr, FOR_BACKWARD: tl.constexpr, KEEP: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the pairs of rows that share the chunk's anchor to those of far rows; leave Aqk, A, u and w."""
+    """Add the pairs of rows that share the chunk's anchor to those of far rows; leave Aqk, A, u and w.
+
+    With KEPT, A and Aqk are there, and KK is what is missing.
+    """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV, 0, True).to(p_Aqk.dtype.element_ty)  # on its way early
     if ANCHOR:
@@ -235,17 +238,22 @@ def finish_chunk(
         for i_s in range(BK // SK):
             b_left = tl.trans(tl.load(block_pointers(p_kc, i_block, i_s, C, WC, SK)))
             b_kk = tl.dot(tl.load(block_pointers(p_w, i_block, i_s, C, BK, SK)), b_left, b_kk)
-            b_qk = tl.dot(tl.load(block_pointers(p_qg, i_block, i_s, C, BK, SK)), b_left, b_qk)
-    store_block(p_Aqk, tl.where(i >= j, b_qk, 0.0), i_block, C, C)
+            if not KEPT:
+                b_qk = tl.dot(tl.load(block_pointers(p_qg, i_block, i_s, C, BK, SK)), b_left, b_qk)
+    if not KEPT:
+        store_block(p_Aqk, tl.where(i >= j, b_qk, 0.0), i_block, C, C)
     b_kk = tl.where(i > j, b_kk, 0.0)
     if FOR_BACKWARD and not SIGMOID:
         store_block(p_kk, b_kk, i_block, C, C)
-    zero = opaque_zero("strength", length)
-    b_beta = tl.load(p_strength + (i_block + zero) * C + tl.arange(0, C))
-    HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
-    b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), p_Aqk.dtype.element_ty)
-    if KEEP:
-        store_block(p_A, b_A, i_block, C, C)
+    if KEPT:
+        b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
+    else:
+        zero = opaque_zero("strength", length)
+        b_beta = tl.load(p_strength + (i_block + zero) * C + tl.arange(0, C))
+        HALF: tl.constexpr = tl.float16 if L2NORM and SIGMOID and PRECISION == "tf32" else tl.float32
+        b_A = cast(unit_inverse(b_kk * b_beta[None, :], C, HALF, PRECISION), p_Aqk.dtype.element_ty)
+        if KEEP:
+            store_block(p_A, b_A, i_block, C, C)
     apply_inverse(b_A, b_v, p_w, p_u, i_block, C, BK, WV, PRECISION)
 
 
@@ -319,7 +327,7 @@ def prepare_kernel(
         if ANCHOR:  # E_j = 2^SHIFT total col_j
             zero = opaque_zero("columns of k", i_s)
             b_kc = widen(b_k, zero) * b_rk[:, None] * anchor_columns(b_row)
-            if not KEPT:
+            if not (KEPT and SIGMOID):
                 p_slice = block_pointers(p_kc, i_block + zero, i_s, C, WC, SK)
                 tl.store(p_slice, cast(b_kc, DT), eviction_policy="evict_last")
             b_kg = b_kc * exp2(b_total + SHIFT)[None, :]
@@ -327,7 +335,7 @@ def prepare_kernel(
             tl.store(p_slice, cast(b_kg, DT), eviction_policy="evict_first")
 
     tl.debug_barrier()  # all of this has been stored
-    if KEPT:
+    if KEPT and SIGMOID:
         b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
         b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
         apply_inverse(b_A, b_v, p_w, p_u, i_block, C, BK, WV, PRECISION)
@@ -336,7 +344,7 @@ def prepare_kernel(
         b_kk = tl.zeros((C, C), dtype=tl.float32)
         finish_chunk(
             b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head, HV, V,
-            C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
+            C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, KEPT, PRECISION,
         )  # fmt: skip
 
 
@@ -396,16 +404,16 @@ def prepare_far_kernel(
                     zero = opaque_zero("k", i_s)
                     b_kg = widen(b_k, zero) * b_rk[:, None] * b_E
                     tl.store(block_pointers(p_kg, i_block + zero, i_s, C, BK, SK), cast(b_kg, DT))
-                    if not KEPT:
+                    if not (KEPT and SIGMOID):
                         b_q = cast(as_product(b_one, load_rows(p_q, token, length, i_group, H, K, C, SK, first)), DT)
                         b_qk, b_kk = far_pairs(
                             b_qk, b_kk, b_q, b_k, b_high, b_low, p_table, C, TILE, ANCHOR, SAFE, RANGE, DT, PRECISION
                         )
-            if not KEPT:
+            if not (KEPT and SIGMOID):
                 # The norms are factors of rows and columns: they are applied to the products, which are smaller.
                 b_qk *= (b_rq * scale)[:, None] * b_rk[None, :]
                 b_kk *= b_rk[:, None] * b_rk[None, :]
                 finish_chunk(
                     b_qk, b_kk, p_v, p_qg, p_kc, p_w, p_u, p_Aqk, p_strength, p_A, p_kk, i_block, token, length, i_head,
-                    HV, V, C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, PRECISION,
+                    HV, V, C, BK, WV, SK, L2NORM, SIGMOID, ANCHOR, FOR_BACKWARD, KEEP, KEPT, PRECISION,
                 )  # fmt: skip

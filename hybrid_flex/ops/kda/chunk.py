@@ -131,8 +131,8 @@ def chunk_kda(
     Device: CPU, in plain torch; CUDA, in Triton kernels (float64: plain torch); differentiable in q, k, v, g, beta,
         initial_state, A_log and dt_bias.
 
-    Memory: the backward needs the arguments and o; on CUDA, with the sigmoid inside, another 256 bytes per token and
-        value head are kept for it (chunks of 64, 16-bit inputs), unless gradients are off.
+    Memory: the backward needs the arguments and o; on CUDA another 256 bytes per token and value head are kept for it
+        (chunks of 64, 16-bit inputs), unless gradients are off.
 
     Source: Kimi Linear (arXiv:2510.26692), equations of section 3; the keywords are those of flash-linear-attention.
 
@@ -155,8 +155,8 @@ def chunk_kda(
 
 
 def _is_training(raw: Raw, initial_state: Tensor | None) -> bool:
-    """Tell whether to keep what spares the backward work: training.py.  Without the sigmoid inside it spares none."""
-    if not (raw.sigmoid and has_kernels(raw.q) and torch.is_grad_enabled()) or torch.compiler.is_exporting():
+    """Tell whether to keep what spares the backward work: training.py."""
+    if not (has_kernels(raw.q) and torch.is_grad_enabled()) or torch.compiler.is_exporting():
         return False
     return any(x is not None and x.requires_grad for x in (*raw[:7], initial_state))
 
