@@ -24,7 +24,8 @@ What is measured, for every row:
     candidates are compiled beforehand, side by side (peer_search.py); NOTE [First call] is measured without.
 
 The tables go to profiles/results/kda_<gpu>_<yyyymmdd>.md, everything measured to the .json beside it, after every row;
-rows already there, from the same device and versions, stay unless they are measured again.
+rows already there, from the same device and versions, stay unless they are measured again (with --no-peer fla's part of
+them stays, and is marked).
 """
 
 from __future__ import annotations
@@ -304,7 +305,11 @@ def keep_earlier(report: dict[str, Any], path: Path) -> None:
 
 
 def add_row(report: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Put a row in its place; where the peer was left out, what it did on the row earlier stays beside it."""
     order = {row.name: i for i, row in enumerate(ROWS)}
+    earlier = next((row for row in report["rows"] if row["name"] == entry["name"]), {"contenders": {}})
+    if PEER in earlier["contenders"] and PEER not in entry["contenders"]:
+        entry = entry | {"contenders": entry["contenders"] | {PEER: earlier["contenders"][PEER]}, "peer_earlier": True}
     others = [row for row in report["rows"] if row["name"] != entry["name"]]
     report["rows"] = sorted([*others, entry], key=lambda row: order.get(row["name"], len(order)))
 

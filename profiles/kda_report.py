@@ -77,6 +77,7 @@ def main_table(rows: list[dict[str, Any]]) -> list[str]:
                 accuracy += "" if compared["as_accurate"] else " LESS ACCURATE"
             remarks = [f"{c} {compared[f'{c}_tb_per_s']:.2f} TB/s" for c in (OURS, PEER) if f"{c}_tb_per_s" in compared]
             remarks += [] if row["interleaved"] else ["timed one after the other"]
+            remarks += [f"{PEER} in an earlier process"] if row.get("peer_earlier") else []
             faster = f"{compared['times_faster']:.2f}" if "times_faster" in compared else ""
             times = [cell(row, contender) for contender in (OURS, PEER)]
             yield row["name"], *times, faster, ", ".join(targets), *peaks, *errors, accuracy, ", ".join(remarks)

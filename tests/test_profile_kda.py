@@ -111,6 +111,25 @@ def test_budget_leaves_rows_out_and_says_so(tmp_path: Path) -> None:
     assert "Left out (the budget of 0 s was used): decode_b1_h32, fwd_lb_t1024_h4." in done.stdout
 
 
+def test_the_peer_stays_beside_a_row_measured_without_it(kda: Any) -> None:
+    from kda_report import main_table
+
+    def contender(milliseconds: float) -> dict[str, Any]:
+        facts = {"median_ms": milliseconds, "p20_ms": milliseconds, "p80_ms": milliseconds}
+        return facts | {"passed": True, "errors": {"o": 1e-3}}
+
+    row = {"name": kda.ROWS[0].name, "target_ms": None, "target_gib": None, "state_bytes": 0, "interleaved": True}
+    report: dict[str, Any] = {"rows": []}
+    kda.add_row(report, row | {"contenders": {"hybrid_flex": contender(3), "fla": contender(8)}})
+    assert "earlier process" not in main_table(report["rows"])[-1]
+    kda.add_row(report, row | {"contenders": {"hybrid_flex": contender(2)}})
+    line = main_table(report["rows"])[-1]
+    assert len(report["rows"]) == 1 and "| 4.00 |" in line and "fla in an earlier process" in line
+    kda.add_row(report, row | {"contenders": {"hybrid_flex": contender(2), "fla": contender(5)}})
+    line = main_table(report["rows"])[-1]
+    assert "| 2.50 |" in line and "earlier process" not in line
+
+
 def test_unknown_row_is_named() -> None:
     done = profile("--rows", "fwd_lb_t1024_h4,nonsense")
     assert done.returncode != 0 and "--rows must name rows of --help, got nonsense" in done.stderr
