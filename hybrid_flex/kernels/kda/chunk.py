@@ -1,7 +1,7 @@
 """Launchers of the chunked form of Kimi Delta Attention: workspace, tile sizes, the order of the kernels.
 
-forward:   prepare -> scan
-backward:  prepare -> scan, which leaves the states -> scan back -> triangle -> inputs, near and far
+forward:   prepare, near and far -> scan
+backward:  prepare, near and far -> scan, which leaves the states -> scan back -> triangle -> inputs, near and far
 
 The backward begins from the raw inputs and the output, and from A and Aqk of every chunk where the forward kept them:
 256 bytes per token and value head with chunks of 64 rows in 16 bits.  Without them it computes them again.

@@ -58,6 +58,10 @@ A log decay below -160 (bits; -110 nats) is taken as -160.  2^-160 is zero in fl
 contains the token contains the rest as factors of at most one, so no result changes; but small terms keep their digits
 in a sum beside a reset (g = -1000).
 
+# NOTE [Vectors from products]
+For compute capability 10.0 Triton 3.6 and 3.7 do not compile the sum, or the least, of a vector that was itself reduced
+from a product of the tensor cores.  Both axes at once work, and so does a vector that has been through memory.
+
 # NOTE [Split sums]
 The tensor cores round their operands.  Zeros and ones are exact; g is given in two parts of 16 bits, bfloat16 or
 float16, so a term of -7 is off by less than 1e-4, below the rounding of the factors that it makes.  For float32 inputs
@@ -342,7 +346,7 @@ def tree_decay(b_x, b_c, ANCHOR: tl.constexpr):
 @triton.jit
 def needs_tree(b_c, ANCHOR: tl.constexpr):
     """Tell whether some row of the chunk needs the tree in some channel."""
-    if ANCHOR:
-        return tl.min(tl.min(b_c, 1), 0) + 56.0 < -116.0
+    if ANCHOR:  # not along one axis, then the other: NOTE [Vectors from products]
+        return tl.min(b_c) + 56.0 < -116.0
     else:
         return True

@@ -172,7 +172,7 @@ def store_gate_gradients(
             b_dg *= -slope * sigmoid(b_z)
         m_inside = (tl.arange(0, C)[:, None] < length) & (i_k[None, :] < K)
         if HAS_SLOPE:
-            d_slope = tl.sum(tl.sum(tl.where(m_inside, b_d_slope, 0.0), 1), 0)
+            d_slope = tl.sum(tl.where(m_inside, b_d_slope, 0.0))
             tl.store(p_d_slope + i_block * (BK // SK) + i_s, d_slope)
         if HAS_BIAS:
             tl.store(p_d_bias + i_block * BK + i_k, tl.sum(tl.where(m_inside, b_dg, 0.0), 0))

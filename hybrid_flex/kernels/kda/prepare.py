@@ -9,6 +9,10 @@ q, k already divided by their norms:
 so that ``y = u - w S`` is what every token writes before its strength, and ``v_new = beta y``: in ops/kda/chunk.py beta
 stands on the left of the triangle instead, which is the same v_new.  Here no gradient ever divides by beta.
 
+With an anchor (NOTE [Chunk anchor] in decay.py) rows of q and k carry its factor, so qg and w are left 2^SHIFT times as
+large, and the scans divide by it.  Their products with the columns of k are the pairs: a kernel of few registers makes
+all three and reads them again, a second one does the rest for chunks with far rows.
+
 # NOTE [Block inverse]
 The inverse of a unit lower triangular matrix whose diagonal blocks of m rows have the inverses X and whose blocks below
 them, between neighbours, are B:  X <- X - X B X.  Starting from 1 x 1 blocks, six steps reach 64 rows.  It is block
@@ -294,7 +298,6 @@ def prepare_kernel(
     if WV >= BK:
         p_kc = p_u  # which comes last
     WC: tl.constexpr = BK if BK > WV else WV
-    any_far = 0 if ANCHOR else 1
     b_start, b_one = load_matrix(p_table, FROM_START, C), load_matrix(p_table, ONE, C)
     for i_s in tl.range(BK // SK, disable_licm=True):  # what is made anew in every turn takes no registers
         first = i_s * SK
@@ -309,9 +312,6 @@ def prepare_kernel(
         b_total = tl.min(b_c, 0)  # the last row's
         tl.store(p_total + i_block * BK + i_k, b_total)
         if ANCHOR:
-            far = is_far(tl.min(b_total, 0), RANGE).to(tl.int32)
-            any_far |= far
-            tl.store(p_far + i_block * (BK // SK) + i_s, far + is_far(tl.min(b_total, 0), 160).to(tl.int32))
             b_row = anchor_rows(b_c, SHIFT, RANGE)
         else:
             b_row = exp2(b_c)
@@ -335,11 +335,19 @@ def prepare_kernel(
             tl.store(p_slice, cast(b_kg, DT), eviction_policy="evict_first")
 
     tl.debug_barrier()  # all of this has been stored
+    any_far = True
+    if ANCHOR:
+        # 1 for slices of K with rows that are far for the backward, 2 for both: NOTE [Vectors from products].
+        b_total = tl.reshape(tl.load(p_total + i_block * BK + tl.arange(0, BK)), (BK // SK, SK))
+        b_far = tl.min(b_total, 1)
+        b_far = is_far(b_far, 160).to(tl.int32) + is_far(b_far, RANGE).to(tl.int32)
+        tl.store(p_far + i_block * (BK // SK) + tl.arange(0, BK // SK), b_far)
+        any_far = tl.max(b_far, 0) == 2
     if KEPT and SIGMOID:
         b_A = tl.load(block_pointers(p_A, i_block, 0, C, C, C))
         b_v = load_rows(p_v, token, length, i_head, HV, V, C, WV).to(DT)
         apply_inverse(b_A, b_v, p_w, p_u, i_block, C, BK, WV, PRECISION)
-    elif any_far == 0:
+    elif not any_far:
         b_qk = tl.zeros((C, C), dtype=tl.float32)
         b_kk = tl.zeros((C, C), dtype=tl.float32)
         finish_chunk(

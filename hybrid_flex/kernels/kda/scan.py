@@ -7,7 +7,8 @@ Per sequence, value head and slice of V, with the workspace of prepare.py:
     backward:   dv_new = Aqk^T do + kg dS    dy = beta dv_new
                 dS <- Diag(total) dS + qg^T do - w^T dy
 
-S and dS stay in float32 registers; dS is the gradient of the state after the chunk.
+S and dS stay in float32 registers; dS is the gradient of the state after the chunk.  qg and w come 1 / UNIT times as
+large as they are.
 
 # NOTE [Segments]
 With few heads a sequence is cut into segments that are scanned side by side.  What a segment does to the state is an

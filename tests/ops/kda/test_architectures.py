@@ -1,0 +1,89 @@
+"""Every kernel compiles, on any machine, for each family of GPUs that Triton serves, and fits its shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+# What one block may use (CUDA programming guide, compute capabilities); what 8.0 runs, 8.6 and 8.9 run with less.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+KERNELS = Path(__file__).resolve().parents[3] / "hybrid_flex" / "kernels"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[Launch]:
+    """Collect what every_kernel.py launches; nothing runs, so the results are garbage."""
+    found: dict[str, Launch] = {}
+
+    class Collector:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def note(*args: Any, **kwargs: Any) -> None:
+                types = [(x.dtype,) if isinstance(x, Tensor) else type(x) for x in args]
+                name = f"{self.kernel.fn.__module__}.{self.kernel.fn.__name__}"
+                found[f"{name} {types} {sorted(kwargs.items())}"] = (self.kernel, args, kwargs)
+
+            return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        from every_kernel import chunked, others
+
+        for name in ("chunk", "training", "recurrent", "short_conv", "gated_norm"):
+            patch.setattr(importlib.import_module(f"hybrid_flex.ops.kda.{name}"), "has_kernels", lambda x: True)
+        for name in ("chunk", "packing", "decode", "short_conv", "gated_norm"):
+            patch.setattr(importlib.import_module(f"hybrid_flex.kernels.kda.{name}"), "launchable", Collector)
+        chunk = importlib.import_module("hybrid_flex.kernels.kda.chunk")
+        halves = lambda plan: chunk.cut(plan.chunks_per_sequence, 2 if plan.map is None else 1)  # noqa: E731
+        patch.setattr(chunk, "_segments", halves)
+        chunked("cpu")
+        others("cpu")
+    return list(found.values())
+
+
+def compiled(launch: Launch, architecture: int) -> tuple[str, int]:
+    """Compile one launch; return the kernel's name and the bytes of shared memory it takes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = launch
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k not in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name], attributes[(i,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return kernel.fn.__name__, binary.metadata.shared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_every_kernel_compiles(architecture: int, launches: list[Launch]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        sizes = list(pool.map(lambda launch: compiled(launch, architecture), launches))
+    assert not [(name, size) for name, size in sizes if size > SHARED_BYTES[architecture]]
+    defined = set()
+    for path in KERNELS.rglob("*.py"):
+        defined |= set(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M))
+    assert defined == {name for name, _ in sizes}
