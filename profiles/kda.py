@@ -355,6 +355,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--rows", default="*", help="names or patterns, separated by commas, or none; default: all")
     parser.add_argument("--no-peer", action="store_true", help="leave fla out")
+    parser.add_argument("--searched", action="store_true", help="fla's search is in Triton's cache already")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three repeats: shows that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no row after this many seconds")
@@ -413,7 +414,7 @@ def main() -> None:
             found = first_call(contender, device, options.quick, min(max(end - time.perf_counter(), 1.0), 1800.0))
             report["first_call"][contender] = found
             progress(f"first call of {contender}: {found.get('error') or format(found['seconds'], '.1f') + ' s'}")
-    if PEER in contenders and rows and device.type == "cuda":
+    if PEER in contenders and rows and device.type == "cuda" and not options.searched:
         fill_cache(__file__, ["--rows", ",".join(row.name for row in rows)])
         progress(f"the peer's candidates are compiled after {time.perf_counter() - begin:.0f} s")
     run_rows(rows, contenders, device, options, report, stem, end)
