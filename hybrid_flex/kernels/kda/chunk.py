@@ -194,6 +194,7 @@ def _places(plan: _Plan) -> list[Tensor]:
 
 
 def _lengths(plan: _Plan) -> tuple[int, int]:
+    """Return T and the chunks of a sequence, which kernels find a chunk's rows by."""
     return plan.raw.q.shape[1], plan.chunks_per_sequence
 
 
@@ -228,7 +229,7 @@ def _scan_arguments(plan: _Plan, segments: Segments) -> tuple[list[Any], dict[st
     sizes = {name: plan.sizes[name] for name in ("HV", "K", "V", "C", "BK", "WV")}
     stages = _stages(plan)
     tensors = _or_q(plan, plan.cu_seqlens, None if plan.map is None else plan.map.first)
-    positional = [*tensors, plan.raw.q.shape[1], plan.chunks_per_sequence, *segments]
+    positional = [*tensors, *_lengths(plan), *segments]
     keywords = {**sizes, "BV": SLICE, **{name: plan.gate[name] for name in ("PACKED", "PRECISION")}}
     keywords |= {"UNIT": 2.0 ** -plan.gate["SHIFT"] if plan.gate["ANCHOR"] else 1.0}
     keywords |= {"STAGES": stages, "num_warps": 4, "num_stages": stages}
@@ -392,7 +393,7 @@ def backward(
     dAqk, dKK = torch.empty_like(A), torch.empty_like(A)
     along = torch.empty((blocks, 2, C), dtype=torch.float32, device=device)
     dv, dg, d_beta = torch.empty_like(raw.v), torch.empty_like(raw.g), torch.empty_like(raw.beta)
-    T, NT = raw.q.shape[1], plan.chunks_per_sequence
+    T, NT = _lengths(plan)
     keywords = {**sizes, **plan.gate, "SK": SLICE, "BV": SLICE}
     launchable(triangle_kernel)[(blocks,)](
         d_o, o, raw.v, *_places(plan), strength, A, kk, y, dv_new, dv, d_beta, dAqk, dKK, along, T, NT,

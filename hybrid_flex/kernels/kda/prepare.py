@@ -306,7 +306,6 @@ def prepare_kernel(
             first,
         )  # fmt: skip
         b_high, b_low = split(b_g, DT)
-        zero = opaque_zero("decay", i_s)
         b_c = sum_rows(b_start, b_high, b_low)
         i_k = first + tl.arange(0, SK)
         b_total = tl.min(b_c, 0)  # the last row's

@@ -34,7 +34,8 @@ from .inputs import (
     activate,
     activate_backward,
     check_inputs,
-    initial_state_or_zeros,
+    state_or_zeros,
+    state_shape,
 )
 from .intra import intra_chunk, intra_chunk_backward
 from .layout import Packing, pack, to_chunks, to_tokens
@@ -190,19 +191,12 @@ def _chunk_kda(
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
-    initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
+    initial = state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
     sources = (*raw[:5], initial_state, cu_seqlens)
     states, v_new, final = _scan_states(x, initial, packing, sources)
     o = torch.bmm(x.q_from_start, states) + torch.bmm(x.Aqk, v_new)
     o = to_tokens(o.unflatten(0, (-1, B * HV)), B, T, packing)
     return o.to(q.dtype).contiguous(), _final_layout(final, state_v_first)
-
-
-def state_shape(raw: Raw, cu_seqlens: Tensor | None, state_v_first: bool) -> tuple[int, ...]:
-    """Return the shape of initial and final states."""
-    K, (B, _, HV, V) = raw.k.shape[-1], raw.v.shape
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return (N, HV, V, K) if state_v_first else (N, HV, K, V)
 
 
 def fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -252,12 +246,11 @@ def _chunk_kda_backward(
     (B, T), HV = v.shape[:2], v.shape[2]
     packing = None if cu_seqlens is None else pack(cu_seqlens, T, chunk_size)
     x = _prepare(activate(raw), scale, chunk_size, packing)
-    initial = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
+    initial = state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
     sources = (*raw[:5], initial_state, cu_seqlens, d_o, d_final)
     states, v_new, _ = _scan_states(x, initial, packing, sources)
     dO = to_chunks(d_o.to(states.dtype), chunk_size, packing).flatten(0, 1)
-    d_final = q.new_zeros(state_shape(raw, cu_seqlens, state_v_first), dtype=dO.dtype) if d_final is None else d_final
-    d_final = d_final.mT if state_v_first else d_final
+    d_final = state_or_zeros(raw, d_final, cu_seqlens, state_v_first)
     d_states, d_v_new, d_initial = _scan_states_backward(x, dO, d_final, packing, sources)
     grads = _prepare_backward(x, states, v_new, dO, d_states, d_v_new, scale)
     dq, dk, dv, dg, d_beta = (to_tokens(grad.unflatten(0, (-1, B * HV)), B, T, packing) for grad in grads)
@@ -267,7 +260,7 @@ def _chunk_kda_backward(
 
 
 @_chunk_kda_backward.register_fake
-def _(d_o: Tensor, d_final: Tensor, o: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _(d_o: Tensor, d_final: Tensor | None, o: Tensor, *args: Any) -> tuple[Tensor, ...]:
     raw, initial_state = Raw(*args[:12]), args[12]
     like = (raw.q, raw.k, raw.v, raw.g, raw.beta, raw.A_log, raw.dt_bias, initial_state)
     return tuple(

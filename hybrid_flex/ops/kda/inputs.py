@@ -109,15 +109,18 @@ def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def initial_state_or_zeros(
-    raw: Raw, initial_state: Tensor | None, cu_seqlens: Tensor | None, state_v_first: bool
-) -> Tensor:
-    """Return the initial state ``[N, HV, K, V]``, zeros where there is none."""
-    if initial_state is not None:
-        return initial_state.mT if state_v_first else initial_state
+def state_shape(raw: Raw, cu_seqlens: Tensor | None, state_v_first: bool) -> tuple[int, ...]:
+    """Return the shape of initial and final states."""
     K, (B, _, HV, V) = raw.k.shape[-1], raw.v.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return raw.v.new_zeros((N, HV, K, V), dtype=accumulation_dtype(raw.q))
+    return (N, HV, V, K) if state_v_first else (N, HV, K, V)
+
+
+def state_or_zeros(raw: Raw, state: Tensor | None, cu_seqlens: Tensor | None, state_v_first: bool) -> Tensor:
+    """Return an initial state, or the gradient of a final one, ``[N, HV, K, V]``; zeros where there is none."""
+    if state is not None:
+        return state.mT if state_v_first else state
+    return raw.v.new_zeros(state_shape(raw, cu_seqlens, False), dtype=accumulation_dtype(raw.q))
 
 
 def activate(raw: Raw) -> Active:

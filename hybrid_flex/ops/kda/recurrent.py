@@ -25,7 +25,7 @@ from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 
 from .chunk import CHUNK_SIZES, backward, fake, setup_context
-from .inputs import Raw, accumulation_dtype, activate, check_inputs, initial_state_or_zeros
+from .inputs import Raw, accumulation_dtype, activate, check_inputs, state_or_zeros
 
 
 def kda_step(
@@ -180,7 +180,7 @@ def _fused_recurrent_kda(
         o, final = fake(*raw, initial_state, cu_seqlens, scale, state_v_first, chunk_size)
         launch_decode(*raw, cu_seqlens, scale, state_v_first, o=o, state=final, initial_state=initial_state)
         return o, final
-    start = initial_state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
+    start = state_or_zeros(raw, initial_state, cu_seqlens, state_v_first)
     o, final = _recur(raw, start, cu_seqlens, scale, (initial_state,))
     return o, (final.mT if state_v_first else final).contiguous()
 
