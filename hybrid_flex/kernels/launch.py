@@ -15,20 +15,20 @@ import triton
 from hybrid_flex.checks import is_plain
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
-Job = Callable[[], object]
+Compilation = functools.partial[Any]
 
-_collected: ContextVar[list[Job] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[list[Compilation] | None] = ContextVar("collected", default=None)
 
 
 class _Collector:
     """A kernel whose launches are noted down as compilations, and not made."""
 
-    def __init__(self, kernel: Any, jobs: list[Job]) -> None:
-        self.kernel, self.jobs = kernel, jobs
+    def __init__(self, kernel: Any, found: list[Compilation]) -> None:
+        self.kernel, self.found = kernel, found
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def note(*args: Any, **kwargs: Any) -> None:
-            self.jobs.append(functools.partial(self.kernel.warmup, *args, grid=grid, **kwargs))
+            self.found.append(functools.partial(self.kernel.warmup, *args, grid=grid, **kwargs))
 
         return note
 
@@ -41,8 +41,8 @@ def launchable(kernel: Any) -> Any:
     """
     if not isinstance(kernel, triton.JITFunction):
         return kernel
-    jobs = _collected.get()
-    return torch.library.wrap_triton(kernel) if jobs is None else _Collector(kernel, jobs)
+    found = _collected.get()
+    return torch.library.wrap_triton(kernel) if found is None else _Collector(kernel, found)
 
 
 def next_power_of_2(n: int) -> int:
@@ -50,19 +50,25 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
-    """Compile the kernels that ``call`` launches, side by side; nothing is launched, so what it computes is garbage.
-
-    Triton compiles a kernel when it is first launched, one after the other.  What fails here will fail there again.
-    """
-    jobs: list[Job] = []
-    token = _collected.set(jobs)
+def compilations(call: Callable[[], object]) -> list[Compilation]:
+    """Return what compiles the kernels that ``call`` launches; nothing is launched, so what it computes is garbage."""
+    found: list[Compilation] = []
+    token = _collected.set(found)
     try:
         call()
     finally:
         _collected.reset(token)
+    return found
+
+
+def compile_ahead(call: Callable[[], object], device: torch.device) -> None:
+    """Compile the kernels that ``call`` launches, side by side, and launch nothing.
+
+    Triton compiles a kernel when it is first launched, one after the other.  What fails here will fail there again.
+    """
+    found = compilations(call)
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
-        for compilation in [pool.submit(job) for job in jobs]:
+        for compilation in [pool.submit(compile_one) for compile_one in found]:
             compilation.exception()
 
 
