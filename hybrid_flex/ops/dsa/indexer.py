@@ -4,6 +4,7 @@
     S_t  = the topk visible s with the largest I_ts; among equals the lower s
 
 Nothing of size T x S is ever stored: a block of queries is scored against the keys it can see, selected, and forgotten.
+On CUDA that happens in Triton kernels (kernels/dsa/topk.py), in plain torch elsewhere and in float64.
 Source: DeepSeek-V3.2 report, section 2.
 """
 
@@ -22,7 +23,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
-from hybrid_flex.ops.dispatch import in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
 # NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on
@@ -161,6 +162,14 @@ def _lightning_topk(
 ) -> Tensor:
     batch_size, num_queries, num_heads, _ = q_idx.shape
     num_keys = k_idx.shape[1]
+    if has_kernels(q_idx) and num_keys > 0 and batch_size * num_queries > 0:
+        from hybrid_flex.kernels.dsa import topk as kernels
+
+        if topk <= kernels.MAX_TOPK or num_keys <= topk:
+            ranges = None
+            if cu_seqlens is not None:
+                ranges = visible_ranges(num_queries, num_keys, False, 0, cu_seqlens, 1, q_idx.device)
+            return kernels.lightning_topk(q_idx, k_idx, w, topk, causal, query_start, ranges, kpool)
     indices = q_idx.new_full((batch_size, num_queries, topk), -1, dtype=torch.int32)
     if num_keys == 0 or indices.numel() == 0:
         return indices
@@ -294,7 +303,8 @@ def lightning_topk(
         ValueError: shapes, devices or values that do not fit; ``cu_seqlens`` with ``kpool > 1``.
         TypeError: dtypes that do not fit.
 
-    Device: any; scores are summed in float32 (float64 for float64 inputs).
+    Device: CPU, in plain torch; CUDA, in Triton kernels (float64, and ``topk`` above 8192: plain torch). Scores are
+        summed in float32 (float64 for float64 inputs); the workspace is at most 512 MiB on CUDA, whatever T and S.
     Source: DeepSeek-V3.2 report, section 2.
 
     Example:

@@ -1,0 +1,1 @@
+"""Triton kernels of DeepSeek Sparse Attention."""

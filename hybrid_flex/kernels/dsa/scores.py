@@ -1,0 +1,96 @@
+"""First kernels of the lightning indexer: scores of a stretch of queries, as integers that sort like them.
+
+    I_ts = sum_j w_tj ReLU(q_idx_tj . k_idx_s)
+
+The sum over heads runs in float32 registers, so only one number per query and key goes to memory, into a workspace
+that the launcher bounds (topk.py) and select.py reads.
+
+`scores_kernel` takes 64 queries and 128 keys at a time and walks over the heads.  `few_scores_kernel` serves calls of
+few queries, decoding above all: there the heads of one query are the rows of the product, and every key is read once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sortable(x):
+    """Turn float32 into int32 in the same order; zeros of both signs are one, and -2^31 stays free for "no key"."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
+
+
+@triton.jit
+def visible_range(
+    p_first, p_last, i_b, i_t, m_t, S, query_start, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr
+):
+    """Return the keys ``first <= s < last`` that queries i_t of batch entry i_b see; none where ``m_t`` is False."""
+    if RANGES:
+        first = tl.load(p_first + i_t, mask=m_t, other=0).to(tl.int32)
+        last = tl.load(p_last + i_t, mask=m_t, other=0).to(tl.int32)
+    else:
+        first = tl.zeros_like(i_t)
+        last = tl.zeros_like(i_t) + S
+    if CAUSAL:
+        last = tl.minimum(last, (query_start + i_t + 1) // KPOOL)
+    return first, tl.where(m_t, last, 0)
+
+
+@triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
+def scores_kernel(
+    p_q, p_k, p_w, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start, rows, T, S,
+    query_start, HI: tl.constexpr, DI: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Score BT of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
+    i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
+    i_t = start + i_r
+    m_t, i_d = i_r < rows, tl.arange(0, BD)
+    first, last = visible_range(p_first, p_last, i_b, i_t, m_t, S, query_start, KPOOL, CAUSAL, RANGES)
+    # Rows that see no more than they may keep need no scores.
+    last = tl.where(last - first > TOPK, last, first)
+    first = tl.where(last > first, first, S)
+    if (tl.program_id(0) * BS >= tl.max(last, 0)) | (tl.program_id(0) * BS + BS <= tl.min(first, 0)):
+        return
+    m_s, m_d = i_s < S, i_d < DI
+    p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks + i_d[None, :]
+    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64)[:, None] * (HI * DI) + i_d[None, :]
+    p_w += i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI
+    b_I = tl.zeros((BT, BS), dtype=tl.float32)
+    for h in tl.range(HI, num_stages=STAGES):
+        b_q = tl.load(p_q + h * DI, mask=m_t[:, None] & m_d[None, :], other=0.0)
+        b_w = tl.load(p_w + h, mask=m_t, other=0.0).to(tl.float32)
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_I += tl.maximum(b_x, 0.0) * b_w[:, None]
+    offsets = (i_b * rows + i_r).to(tl.int64)[:, None] * stride_keys + i_s[None, :]
+    tl.store(p_keys + offsets, sortable(b_I), mask=m_t[:, None] & (i_s < stride_keys)[None, :])
+
+
+@triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
+def few_scores_kernel(
+    p_q, p_k, p_w, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start, rows, T, S,
+    query_start, HI: tl.constexpr, DI: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Score one of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
+    i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1), tl.program_id(2)
+    i_t, i_h, i_d = start + i_r, tl.arange(0, BH), tl.arange(0, BD)
+    first, last = visible_range(
+        p_first, p_last, i_b, i_t, i_r < rows, S, query_start, KPOOL, CAUSAL, RANGES
+    )  # fmt: skip
+    if (last - first <= TOPK) | (tl.program_id(0) * BS >= last) | (tl.program_id(0) * BS + BS <= first):
+        return
+    m_s, m_h, m_d = i_s < S, i_h < HI, i_d < DI
+    p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks + i_d[None, :]
+    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64) * (HI * DI)
+    b_q = tl.load(p_q + i_h[:, None] * DI + i_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
+    b_w = tl.load(p_w + i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI + i_h, mask=m_h, other=0.0)
+    b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_I = tl.sum(tl.maximum(b_x, 0.0) * b_w.to(tl.float32)[:, None], 0)
+    p_keys += (i_b * rows + i_r).to(tl.int64) * stride_keys + i_s
+    tl.store(p_keys, sortable(b_I), mask=i_s < stride_keys)

@@ -1,0 +1,166 @@
+"""Launcher of the lightning indexer on CUDA: scores of as many queries as the workspace holds, then their selection.
+
+    scores -> select, segments of a row -> select, what they kept -> ... -> indices
+
+Nothing waits for the device, and nothing of size T x S is made: WORKSPACE_BYTES bound scores and what rounds of the
+selection hand on, whatever T and S are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+
+from .scores import few_scores_kernel, scores_kernel
+from .select import select_kernel
+
+WORKSPACE_BYTES = 512 * 2**20
+QUERY_TILE = 64
+# Below this many queries the heads of one are the rows of the product instead of the queries.
+FEW_QUERIES = 16
+MAX_WIDTH = 16384
+"""Columns that a block of threads selects from: 16 registers of each of 1024 threads."""
+MAX_TOPK = MAX_WIDTH // 2
+"""Largest topk that a round of the selection halves a row for."""
+
+
+class _Rows(NamedTuple):
+    """Which queries a launch serves, and how they see: arguments that all kernels of it share."""
+
+    first: Tensor | None
+    last: Tensor | None
+    batch: slice
+    start: int
+    count: int
+    num_keys: int
+    query_start: int
+    flags: dict[str, Any]
+
+    def ranges(self, other: Tensor) -> list[Tensor]:
+        """Return first and last, or a pointer that no kernel reads."""
+        return [other if x is None else x for x in (self.first, self.last)]
+
+
+@on_its_device
+def lightning_topk(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w: Tensor,
+    topk: int,
+    causal: bool,
+    query_start: int,
+    ranges: tuple[Tensor, Tensor] | None,
+    kpool: int,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Tensor:
+    """Select the topk best keys of every query; arguments as those of the operator, which has checked them.
+
+    Args:
+        q_idx: ``[B, T, HI, DI]``.
+        k_idx: ``[B, S, DI]``.
+        w: ``[B, T, HI]``.
+        topk: at most MAX_TOPK, unless no query sees more keys than that.
+        causal: as in the operator; with ``ranges`` too.
+        query_start: position of query 0 among the keys.
+        ranges: first and one past the last key of every query, integers ``[T]``, where sequences are packed.
+        kpool: tokens per key.
+        workspace_bytes: bound of what is allocated beside the result, if one query's row fits.
+
+    Returns:
+        int32 ``[B, T, topk]``, ascending, -1 in unused slots at the end.
+    """
+    B, T, S = q_idx.shape[0], q_idx.shape[1], k_idx.shape[1]
+    q_idx, w = q_idx.contiguous(), w.contiguous()
+    k_idx = k_idx if k_idx.stride(2) == 1 else k_idx.contiguous()
+    indices = torch.empty((B, T, topk), dtype=torch.int32, device=q_idx.device)
+    first, last = (None, None) if ranges is None else ranges
+    flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "RANGES": ranges is not None}
+    num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
+    for b in range(0, B, num_batch):
+        batch = slice(b, min(b + num_batch, B))
+        for start in range(0, T, num_rows):
+            stop = min(start + num_rows, T)
+            upper = min(S, (query_start + stop) // kpool) if causal else S
+            rows = _Rows(first, last, batch, start, stop - start, S, query_start, flags)
+            keys = _score(q_idx[batch], k_idx[batch], w[batch], rows, upper) if upper > topk else indices
+            _select(keys, rows, max(upper, 1), topk, indices[batch])
+    return indices
+
+
+def _segments(width: int) -> int:
+    return -(-width // MAX_WIDTH)
+
+
+def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
+    """Return how many batch entries and queries of each the workspace holds: whole tiles of queries, if it can."""
+    row_bytes, width = 4 * S + 64, S
+    while _segments(width) > 1:
+        width = _segments(width) * topk
+        row_bytes += 8 * width
+    most = max(1, workspace_bytes // row_bytes)
+    if most >= T:
+        return max(1, min(B, most // max(T, 1))), max(T, 1)
+    return 1, most // QUERY_TILE * QUERY_TILE or most
+
+
+def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
+    """Choose the keys of a tile, and how many heads' queries are on their way at once, by the device's shared memory.
+
+    Two blocks fit a multiprocessor of compute capability 9.0 with 128 keys of 256 bytes and three heads on their way.
+    """
+    if device.type != "cuda":
+        return 128, 1
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
+    sizes = ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1))
+    fits = (x for x in sizes if row_bytes * (x[0] + x[1] * QUERY_TILE) <= limit)
+    return next(fits, sizes[-1])
+
+
+def _score(q_idx: Tensor, k_idx: Tensor, w: Tensor, rows: _Rows, upper: int) -> Tensor:
+    """Return sortable scores ``[batch, rows, columns]`` of keys 0 to ``upper``; where a query sees none, noise."""
+    B, _, HI, DI = (int(n) if i > 1 else n for i, n in enumerate(q_idx.shape))
+    columns = (upper + 15) // 16 * 16
+    keys = torch.empty((B, rows.count, columns), dtype=torch.int32, device=q_idx.device)
+    strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), columns)
+    numbers = (rows.start, rows.count, q_idx.shape[1], rows.num_keys, rows.query_start)
+    tensors = (q_idx, k_idx, w, *rows.ranges(w), keys)
+    BD = max(16, next_power_of_2(DI))
+    key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
+    keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags}
+    keywords["PRECISION"] = "ieee" if q_idx.dtype == torch.float32 else "tf32"
+    num_tiles = -(-columns // key_tile)
+    if rows.count < FEW_QUERIES:
+        heads = max(16, next_power_of_2(HI))
+        launchable(few_scores_kernel)[(num_tiles, rows.count, B)](
+            *tensors, *strides, *numbers, **keywords, BH=heads, num_warps=4, num_stages=1
+        )
+        return keys
+    launchable(scores_kernel)[(num_tiles, -(-rows.count // QUERY_TILE), B)](
+        *tensors, *strides, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4, num_stages=stages
+    )
+    return keys
+
+
+def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -> None:
+    """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
+    B, columns, first_round = indices.shape[0], keys, True
+    while True:
+        num_segments = _segments(upper)
+        last_round = num_segments == 1
+        width = max(next_power_of_2(min(upper, MAX_WIDTH)), 128)
+        if last_round:
+            out_keys = out = indices
+        else:
+            out_keys, out = (keys.new_empty((B, rows.count, num_segments * topk)) for _ in range(2))
+        launchable(select_kernel)[(num_segments, rows.count, B)](
+            keys, columns, *rows.ranges(keys), out_keys, out, keys.stride(1), indices.stride(0), rows.start, rows.count,
+            rows.num_keys, rows.query_start, upper, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),
+            FIRST=first_round, LAST=last_round, num_warps=max(1, width // 512), num_stages=1,
+        )  # fmt: skip
+        if last_round:
+            return
+        keys, columns, upper, first_round = out_keys, out, num_segments * topk, False

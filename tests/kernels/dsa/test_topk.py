@@ -1,0 +1,118 @@
+"""The kernels of lightning_topk against the specification: integers make every sum exact, so equality is bitwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_flex.kernels.dsa import topk as launcher
+from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
+
+CASES = {
+    # B, T, S, HI, DI, topk, query_start, causal, kpool
+    "one": (1, 1, 1, 1, 16, 1, 0, True, 1),
+    "off-tiles": (2, 63, 63, 3, 16, 16, 0, True, 1),
+    "two-tiles": (1, 70, 130, 2, 24, 20, 60, True, 1),
+    "full": (2, 33, 150, 1, 16, 7, 0, False, 1),
+    "few-queries": (3, 2, 300, 5, 32, 17, 298, True, 1),
+    "decode-one-head": (1, 1, 200, 1, 16, 3, 199, True, 1),
+    "pools": (2, 37, 40, 2, 16, 4, 124, True, 4),
+    "topk-passes-S": (1, 33, 20, 2, 16, 64, 0, True, 1),
+    "fewer-keys-than-queries": (1, 40, 10, 2, 16, 4, 0, True, 1),
+}
+NAN = float("nan")
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def inputs(B: int, T: int, S: int, HI: int, DI: int) -> tuple[Tensor, Tensor, Tensor]:
+    return integers(B, T, HI, DI, seed=0), integers(B, S, DI, seed=1), integers(B, T, HI, seed=2)
+
+
+def expected(x: tuple[Tensor, Tensor, Tensor], topk: int, start: int, causal: bool, kpool: int, **packed: Tensor):
+    visible = reference_visible(
+        x[0].shape[1], x[1].shape[1], causal=causal, query_start=start, kpool=kpool, **packed
+    )  # fmt: skip
+    return reference_topk(reference_scores(*(t.double() for t in x)), visible, topk)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every fresh tensor of the launcher with what no result holds."""
+    empty = torch.empty
+    monkeypatch.setattr(launcher.torch, "empty", lambda *size, **kind: empty(*size, **kind).fill_(0x7ABCDEF0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference_bitwise(name: str, dtype: torch.dtype, device: str) -> None:
+    *sizes, topk, start, causal, kpool = CASES[name]
+    x = inputs(*sizes)
+    got = launcher.lightning_topk(*(t.to(device, dtype) for t in x), topk, causal, start, None, kpool)
+    assert got.dtype == torch.int32
+    assert torch.equal(got.cpu(), expected(x, topk, start, causal, kpool))
+
+
+def test_rounds_of_segments(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """700 columns in segments of 128 take three rounds."""
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 128)
+    for topk, causal, start in ((40, False, 0), (64, True, 680), (3, True, 680)):
+        x = inputs(2, 20, 700, 2, 16)
+        got = launcher.lightning_topk(*(t.to(device) for t in x), topk, causal, start, None, 1)
+        assert torch.equal(got.cpu(), expected(x, topk, start, causal, 1)), topk
+
+
+@pytest.mark.parametrize("rows", [1, 30, 64, 130])
+def test_a_small_workspace(rows: int, device: str) -> None:
+    x = inputs(2, 140, 150, 1, 16)
+    got = launcher.lightning_topk(*(t.to(device) for t in x), 9, True, 10, None, 1, workspace_bytes=rows * 700)
+    assert torch.equal(got.cpu(), expected(x, 9, 10, True, 1))
+
+
+def test_packed(device: str) -> None:
+    x, bounds = inputs(1, 90, 90, 2, 16), torch.tensor([0, 0, 41, 42, 90])
+    sequence = torch.searchsorted(bounds, torch.arange(90), right=True)
+    ranges = (bounds[sequence - 1].to(device), bounds[sequence].to(device))
+    for causal in (True, False):
+        got = launcher.lightning_topk(*(t.to(device) for t in x), 7, causal, 0, ranges, 1)
+        assert torch.equal(got.cpu(), expected(x, 7, 0, causal, 1, cu_seqlens=bounds))
+
+
+def test_all_equal_and_extreme_scores(device: str) -> None:
+    """Plateaus go to the lowest columns; infinities of both signs and zeros of both signs are in their places."""
+    q, k, w = torch.ones(1, 20, 1, 16), torch.zeros(1, 300, 16), torch.ones(1, 20, 1)
+    k[0, 250:260], k[0, 260] = 1e30, 3e38
+    w[0, 10:] = -1.0
+    x = tuple(t.to(device) for t in (q, k, w))
+    got = launcher.lightning_topk(*x, 12, False, 0, None, 1).cpu()
+    assert torch.equal(got, expected((q, k, w), 12, 0, False, 1))
+    assert got[0, 0].tolist() == [0, *range(250, 261)] and got[0, 10].tolist() == list(range(12))
+
+
+def test_strided_keys_and_weights_of_another_dtype(device: str) -> None:
+    q, k, w = inputs(2, 20, 50, 2, 16)
+    wide = torch.cat((k, k + 1), -1).to(device)
+    got = launcher.lightning_topk(q.to(device), wide[..., :16], w.double().to(device), 5, False, 0, None, 1)
+    assert torch.equal(got.cpu(), expected((q, k, w), 5, 0, False, 1))
+
+
+def test_reals_select_no_score_below_one_left_out(device: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = tuple(torch.randn(size, generator=generator) for size in ((1, 64, 4, 32), (1, 400, 32), (1, 64, 4)))
+    got = launcher.lightning_topk(*(t.to(device) for t in x), 50, False, 0, None, 1).cpu()
+    scores = reference_scores(*(t.double() for t in x))
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, got.long(), True)
+    assert (chosen.sum(-1) == 50).all()
+    kept, left = scores.masked_fill(~chosen, NAN).nan_to_num(1e9).amin(-1), scores.masked_fill(chosen, -1e9).amax(-1)
+    assert (kept >= left - 1e-4).all()
+
+
+def test_what_is_not_visible_changes_nothing(device: str) -> None:
+    x = tuple(t.to(device) for t in inputs(1, 70, 70, 2, 16))
+    before = launcher.lightning_topk(*x, 8, True, 0, None, 1)
+    x[1][:, 40:] = NAN
+    after = launcher.lightning_topk(*x, 8, True, 0, None, 1)
+    assert torch.equal(before[:, :40], after[:, :40])

@@ -1,0 +1,114 @@
+"""lightning_topk on CUDA: the kernels against the specification, at the sizes of models; memory, graphs, compiling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hybrid_flex.ops.dsa import lightning_topk
+from hybrid_flex.ops.dsa.reference import reference_scores
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CASES = {
+    # B, T, S, HI, DI, topk, query_start, causal, kpool
+    "models": (1, 300, 3000, 64, 128, 512, 2700, True, 1),
+    "pools": (1, 4096, 1024, 32, 128, 128, 0, True, 4),
+    "two-rounds": (1, 130, 40000, 4, 64, 2048, 39000, True, 1),
+    "widest-topk": (1, 20, 20000, 2, 64, 8192, 0, False, 1),
+    "plain-topk": (1, 20, 20000, 2, 64, 9000, 0, False, 1),
+    "decode": (3, 1, 70000, 64, 128, 2048, 69999, True, 1),
+    "few": (2, 5, 5000, 8, 96, 100, 4995, True, 1),
+    "batch": (5, 257, 257, 3, 16, 16, 0, True, 1),
+}
+
+
+def integers(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Draw small integers: every sum is exact in any order, and ties abound."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator, device="cuda").to(dtype)
+
+
+def inputs(B: int, T: int, S: int, HI: int, DI: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ((B, T, HI, DI), (B, S, DI), (B, T, HI))
+    q, k, w = (integers(*size, seed=i, dtype=dtype) for i, size in enumerate(sizes))
+    return q, k, w
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_integer_scores_match_the_reference_bitwise(name: str, dtype: str) -> None:
+    *sizes, topk, start, causal, kpool = CASES[name]
+    x = inputs(*sizes, dtype=DTYPES[dtype])
+    options = {"causal": causal, "query_start": start, "kpool": kpool}
+    expected = lightning_topk(*x, topk, backend="reference", **options)
+    torch.use_deterministic_algorithms(True)  # fresh memory holds no indices
+    try:
+        got = lightning_topk(*x, topk, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, expected)
+
+
+def test_packed() -> None:
+    x = inputs(1, 3000, 3000, 8, 64, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 700, 700, 701, 2300, 3000], device="cuda")
+    for causal in (True, False):
+        options = {"causal": causal, "cu_seqlens": bounds}
+        expected = lightning_topk(*x, 128, backend="reference", **options)
+        assert torch.equal(lightning_topk(*x, 128, **options), expected)
+
+
+def test_reals_select_no_score_below_one_left_out() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((1, 8192, 64, 128), (1, 8192, 128), (1, 8192, 64))
+    x = tuple(torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16) for size in sizes)
+    got = lightning_topk(*x, 2048)
+    for t in (2048, 5000, 8191):
+        scores = reference_scores(x[0][:, t : t + 1].double(), x[1].double(), x[2][:, t : t + 1].double())[
+            0, 0, : t + 1
+        ]
+        chosen = got[0, t].long()
+        assert (chosen[1:] > chosen[:-1]).all() and chosen[-1] <= t
+        left = torch.ones_like(scores, dtype=torch.bool)
+        left[chosen] = False
+        # Sums of 64 products in float32, each of some 130.
+        assert scores[chosen].min() >= scores[left].max() - 0.01
+
+
+def test_the_workspace_is_bounded() -> None:
+    x = inputs(1, 20000, 20000, 2, 64, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    indices = lightning_topk(*x, 64)
+    extra = torch.cuda.max_memory_allocated() - before - indices.nbytes
+    assert extra <= 512 * 2**20 + 2**20
+
+
+def test_equal_bits_and_a_cuda_graph() -> None:
+    x = inputs(2, 1, 30000, 64, 128, dtype=torch.bfloat16)
+    expected = lightning_topk(*x, 2048, query_start=29999)
+    assert torch.equal(expected, lightning_topk(*x, 2048, query_start=29999))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = lightning_topk(*x, 2048, query_start=29999)
+    got.fill_(-7)
+    graph.replay()
+    assert torch.equal(got, expected)
+
+
+def test_one_graph_for_several_lengths() -> None:
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lightning_topk, fullgraph=True, dynamic=True, backend=counter)
+    for T in (70, 130, 200):
+        x = inputs(1, T, T, 4, 64, dtype=torch.bfloat16)
+        assert torch.equal(compiled(*x, 16), lightning_topk(*x, 16))
+    assert counter.frame_count == 1
+    torch.library.opcheck(
+        torch.ops.hybrid_flex.lightning_topk.default,
+        (*inputs(1, 70, 70, 4, 64, dtype=torch.bfloat16), 16, True, 0, None, 1),
+    )
