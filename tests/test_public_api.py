@@ -39,6 +39,7 @@ OPERATORS = [
     "kda_step",
     "lightning_scores",
     "lightning_topk",
+    "paged_rows",
     "pool_index_keys",
     "short_conv",
     "sparse_attention",

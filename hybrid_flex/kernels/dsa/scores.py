@@ -24,40 +24,60 @@ def sortable(x):
 
 @triton.jit
 def visible_range(
-    p_first, p_last, i_b, i_t, m_t, S, query_start, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr
+    p_first, p_last, i_b, i_t, m_t, T, S, query_start, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, SEES: tl.constexpr
 ):
-    """Return the keys ``first <= s < last`` that queries i_t of batch entry i_b see; none where ``m_t`` is False."""
-    if RANGES:
+    """Return the keys ``first <= s < last`` that queries i_t of batch entry i_b see; none where ``m_t`` is False.
+
+    SEES "all": keys 0 to S; "range": those from first[t] to last[t]; "length": of a cache of last[b] tokens, the last
+    of which the last of the T queries is.
+    """
+    first = tl.zeros_like(i_t)
+    last = tl.zeros_like(i_t) + S
+    if SEES == "range":
         first = tl.load(p_first + i_t, mask=m_t, other=0).to(tl.int32)
         last = tl.load(p_last + i_t, mask=m_t, other=0).to(tl.int32)
-    else:
-        first = tl.zeros_like(i_t)
-        last = tl.zeros_like(i_t) + S
-    if CAUSAL:
+    if SEES == "length":
+        tokens = tl.load(p_last + i_b).to(tl.int32) - T + i_t + 1
+        last = tl.minimum(tl.maximum(tokens, 0) // KPOOL, S)
+    elif CAUSAL:
         last = tl.minimum(last, (query_start + i_t + 1) // KPOOL)
     return first, tl.where(m_t, last, 0)
 
 
+@triton.jit
+def load_keys(
+    p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr
+):
+    """Load index keys i_s of batch entry i_b; with pages of PAGE keys, of which an entry has PAGES, from their pool."""
+    if PAGE > 0:
+        i_page = tl.load(p_table + i_b * PAGES + i_s // PAGE, mask=m_s, other=0).to(tl.int64)
+        p_k += i_page[:, None] * stride_kb + (i_s % PAGE)[:, None] * stride_ks
+        m_s &= i_page >= 0
+    else:
+        p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks
+    return tl.load(p_k + i_d[None, :], mask=m_s[:, None] & (i_d < DI)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
 def scores_kernel(
-    p_q, p_k, p_w, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start, rows, T, S,
-    query_start, HI: tl.constexpr, DI: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_w, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start,
+    rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, SEES: tl.constexpr, PAGE: tl.constexpr,
+    PAGES: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Score BT of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
     i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
     i_t = start + i_r
     m_t, i_d = i_r < rows, tl.arange(0, BD)
-    first, last = visible_range(p_first, p_last, i_b, i_t, m_t, S, query_start, KPOOL, CAUSAL, RANGES)
+    first, last = visible_range(p_first, p_last, i_b, i_t, m_t, T, S, query_start, KPOOL, CAUSAL, SEES)
     # Rows that see no more than they may keep need no scores.
     last = tl.where(last - first > TOPK, last, first)
     first = tl.where(last > first, first, S)
     if (tl.program_id(0) * BS >= tl.max(last, 0)) | (tl.program_id(0) * BS + BS <= tl.min(first, 0)):
         return
     m_s, m_d = i_s < S, i_d < DI
-    p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks + i_d[None, :]
-    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_k = load_keys(p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI, PAGE, PAGES)
     p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64)[:, None] * (HI * DI) + i_d[None, :]
     p_w += i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI
     b_I = tl.zeros((BT, BS), dtype=tl.float32)
@@ -72,21 +92,21 @@ def scores_kernel(
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
 def few_scores_kernel(
-    p_q, p_k, p_w, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start, rows, T, S,
-    query_start, HI: tl.constexpr, DI: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_w, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start,
+    rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, SEES: tl.constexpr, PAGE: tl.constexpr,
+    PAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Score one of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
     i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1), tl.program_id(2)
     i_t, i_h, i_d = start + i_r, tl.arange(0, BH), tl.arange(0, BD)
     first, last = visible_range(
-        p_first, p_last, i_b, i_t, i_r < rows, S, query_start, KPOOL, CAUSAL, RANGES
+        p_first, p_last, i_b, i_t, i_r < rows, T, S, query_start, KPOOL, CAUSAL, SEES
     )  # fmt: skip
     if (last - first <= TOPK) | (tl.program_id(0) * BS >= last) | (tl.program_id(0) * BS + BS <= first):
         return
     m_s, m_h, m_d = i_s < S, i_h < HI, i_d < DI
-    p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks + i_d[None, :]
-    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
+    b_k = load_keys(p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI, PAGE, PAGES)
     p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64) * (HI * DI)
     b_q = tl.load(p_q + i_h[:, None] * DI + i_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
     b_w = tl.load(p_w + i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI + i_h, mask=m_h, other=0.0)

@@ -49,11 +49,11 @@ def kth_largest(b_x, k, LARGE: tl.constexpr):
     return x, missing * (k - tl.sum((b_x > x).to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["start", "S", "query_start", "width"])
+@triton.jit(do_not_specialize=["start", "T", "S", "query_start", "width"])
 def select_kernel(
-    p_keys, p_columns, p_first, p_last, p_out_keys, p_out, stride_keys, stride_out_b, start, rows, S, query_start,
-    width, TOPK: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr,
-    RANGES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    p_keys, p_columns, p_first, p_last, p_out_keys, p_out, stride_keys, stride_out_b, start, rows, T, S,
+    query_start, width, TOPK: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, KPOOL: tl.constexpr,
+    CAUSAL: tl.constexpr, SEES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """Keep the TOPK best of one segment of one query's row of keys, ``[batch, rows, stride_keys]``.
 
@@ -74,7 +74,7 @@ def select_kernel(
         p_out_keys += slot
     if FIRST:
         first, last = visible_range(
-            p_first, p_last, i_b, start + i_r, i_r < rows, S, query_start, KPOOL, CAUSAL, RANGES
+            p_first, p_last, i_b, start + i_r, i_r < rows, T, S, query_start, KPOOL, CAUSAL, SEES
         )  # fmt: skip
         seen = last - first
         first = tl.maximum(first, i_segment * WIDTH)

@@ -33,16 +33,17 @@ class _Rows(NamedTuple):
 
     first: Tensor | None
     last: Tensor | None
-    batch: slice
+    table: Tensor | None
+    """Pages of each batch entry, ``[batch, PAGES]``, where the keys are a pool of pages."""
     start: int
     count: int
-    num_keys: int
-    query_start: int
+    numbers: tuple[int, int, int]
+    """T, S and the position of query 0 among the keys."""
     flags: dict[str, Any]
 
-    def ranges(self, other: Tensor) -> list[Tensor]:
-        """Return first and last, or a pointer that no kernel reads."""
-        return [other if x is None else x for x in (self.first, self.last)]
+    def pointers(self, other: Tensor) -> list[Tensor]:
+        """Return table, first and last, or a pointer that no kernel reads."""
+        return [other if x is None else x for x in (self.table, self.first, self.last)]
 
 
 @on_its_device
@@ -55,39 +56,53 @@ def lightning_topk(
     query_start: int,
     ranges: tuple[Tensor, Tensor] | None,
     kpool: int,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    *,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """Select the topk best keys of every query; arguments as those of the operator, which has checked them.
 
     Args:
         q_idx: ``[B, T, HI, DI]``.
-        k_idx: ``[B, S, DI]``.
+        k_idx: ``[B, S, DI]``, or pages ``[num_pages, page_size, DI]`` with ``block_table``.
         w: ``[B, T, HI]``.
-        topk: at most MAX_TOPK, unless no query sees more keys than that.
-        causal: as in the operator; with ``ranges`` too.
+        topk: at most MAX_TOPK.
+        causal: as in the operator; with ``ranges`` too, not with ``lengths``.
         query_start: position of query 0 among the keys.
         ranges: first and one past the last key of every query, integers ``[T]``, where sequences are packed.
         kpool: tokens per key.
+        lengths: tokens of each batch entry's cache, ``[B]``, or None.
+        block_table: pages of each batch entry, ``[B, pages]``, or None.
         workspace_bytes: bound of what is allocated beside the result, if one query's row fits.
 
     Returns:
         int32 ``[B, T, topk]``, ascending, -1 in unused slots at the end.
     """
-    B, T, S = q_idx.shape[0], q_idx.shape[1], k_idx.shape[1]
+    (B, T), page, num_pages = q_idx.shape[:2], 0, 0
+    S = k_idx.shape[1]
+    if block_table is not None:
+        page, num_pages = (int(n) for n in (S, block_table.shape[1]))
+        block_table, S = block_table.contiguous(), page * num_pages
     q_idx, w = q_idx.contiguous(), w.contiguous()
     k_idx = k_idx if k_idx.stride(2) == 1 else k_idx.contiguous()
     indices = torch.empty((B, T, topk), dtype=torch.int32, device=q_idx.device)
-    first, last = (None, None) if ranges is None else ranges
-    flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "RANGES": ranges is not None}
+    first, last = (None, lengths) if ranges is None else ranges
+    sees = "length" if lengths is not None else "all" if ranges is None else "range"
+    flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "SEES": sees}
     num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
     for b in range(0, B, num_batch):
         batch = slice(b, min(b + num_batch, B))
+        keys, table = (k_idx[batch], None) if block_table is None else (k_idx, block_table[batch])
+        seen = last if sees != "length" or last is None else last[batch]
         for start in range(0, T, num_rows):
             stop = min(start + num_rows, T)
-            upper = min(S, (query_start + stop) // kpool) if causal else S
-            rows = _Rows(first, last, batch, start, stop - start, S, query_start, flags)
-            keys = _score(q_idx[batch], k_idx[batch], w[batch], rows, upper) if upper > topk else indices
-            _select(keys, rows, max(upper, 1), topk, indices[batch])
+            upper = min(S, (query_start + stop) // kpool) if causal and lengths is None else S
+            rows = _Rows(first, seen, table, start, stop - start, (T, S, query_start), flags)
+            scores = indices
+            if upper > topk:
+                scores = _score(q_idx[batch], keys, w[batch], rows, upper, {"PAGE": page, "PAGES": num_pages})
+            _select(scores, rows, max(upper, 1), topk, indices[batch])
     return indices
 
 
@@ -120,17 +135,17 @@ def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
     return next(fits, sizes[-1])
 
 
-def _score(q_idx: Tensor, k_idx: Tensor, w: Tensor, rows: _Rows, upper: int) -> Tensor:
+def _score(q_idx: Tensor, k_idx: Tensor, w: Tensor, rows: _Rows, upper: int, pages: dict[str, int]) -> Tensor:
     """Return sortable scores ``[batch, rows, columns]`` of keys 0 to ``upper``; where a query sees none, noise."""
     B, _, HI, DI = (int(n) if i > 1 else n for i, n in enumerate(q_idx.shape))
     columns = (upper + 15) // 16 * 16
     keys = torch.empty((B, rows.count, columns), dtype=torch.int32, device=q_idx.device)
     strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), columns)
-    numbers = (rows.start, rows.count, q_idx.shape[1], rows.num_keys, rows.query_start)
-    tensors = (q_idx, k_idx, w, *rows.ranges(w), keys)
+    numbers = (rows.start, rows.count, *rows.numbers)
+    tensors = (q_idx, k_idx, w, *rows.pointers(w), keys)
     BD = max(16, next_power_of_2(DI))
     key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
-    keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags}
+    keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages}
     keywords["PRECISION"] = "ieee" if q_idx.dtype == torch.float32 else "tf32"
     num_tiles = -(-columns // key_tile)
     if rows.count < FEW_QUERIES:
@@ -157,9 +172,9 @@ def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -
         else:
             out_keys, out = (keys.new_empty((B, rows.count, num_segments * topk)) for _ in range(2))
         launchable(select_kernel)[(num_segments, rows.count, B)](
-            keys, columns, *rows.ranges(keys), out_keys, out, keys.stride(1), indices.stride(0), rows.start, rows.count,
-            rows.num_keys, rows.query_start, upper, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),
-            FIRST=first_round, LAST=last_round, num_warps=max(1, width // 512), num_stages=1,
+            keys, columns, *rows.pointers(keys)[1:], out_keys, out, keys.stride(1), indices.stride(0), rows.start,
+            rows.count, *rows.numbers, upper, **rows.flags, WIDTH=width, BK=next_power_of_2(topk), FIRST=first_round,
+            LAST=last_round, num_warps=max(1, width // 512), num_stages=1,
         )  # fmt: skip
         if last_round:
             return

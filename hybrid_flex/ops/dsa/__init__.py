@@ -5,6 +5,7 @@ from hybrid_flex.ops.dsa.attention import sparse_attention
 from hybrid_flex.ops.dsa.block_mask import block_topk_mask, topk_block_mask
 from hybrid_flex.ops.dsa.indexer import lightning_scores, lightning_topk
 from hybrid_flex.ops.dsa.indexer_loss import indexer_kl_loss
+from hybrid_flex.ops.dsa.pages import paged_rows
 from hybrid_flex.ops.dsa.pooling import expand_pools, pool_index_keys
 from hybrid_flex.ops.dsa.rope import RopeLayout, apply_rope, rope_cos_sin
 
@@ -16,6 +17,7 @@ __all__ = [
     "indexer_kl_loss",
     "lightning_scores",
     "lightning_topk",
+    "paged_rows",
     "pool_index_keys",
     "rope_cos_sin",
     "sparse_attention",

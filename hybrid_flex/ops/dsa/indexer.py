@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hybrid_flex.checks import (
     FLOATING,
+    INTEGER,
     check,
     check_choice,
     check_cu_seqlens,
@@ -159,17 +160,21 @@ def _lightning_topk(
     query_start: int,
     cu_seqlens: Tensor | None,
     kpool: int,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     batch_size, num_queries, num_heads, _ = q_idx.shape
-    num_keys = k_idx.shape[1]
+    num_keys = k_idx.shape[1] if block_table is None else k_idx.shape[1] * block_table.shape[1]
     if has_kernels(q_idx) and num_keys > 0 and batch_size * num_queries > 0:
         from hybrid_flex.kernels.dsa import topk as kernels
 
-        if topk <= kernels.MAX_TOPK or num_keys <= topk:
+        if topk <= kernels.MAX_TOPK:
             ranges = None
             if cu_seqlens is not None:
                 ranges = visible_ranges(num_queries, num_keys, False, 0, cu_seqlens, 1, q_idx.device)
-            return kernels.lightning_topk(q_idx, k_idx, w, topk, causal, query_start, ranges, kpool)
+            return kernels.lightning_topk(
+                q_idx, k_idx, w, topk, causal, query_start, ranges, kpool, lengths, block_table
+            )
     indices = q_idx.new_full((batch_size, num_queries, topk), -1, dtype=torch.int32)
     if num_keys == 0 or indices.numel() == 0:
         return indices
@@ -178,11 +183,14 @@ def _lightning_topk(
     block = min(num_queries, BLOCK_SIZE)
     tiles = ScoreTiles(block, num_heads, num_keys, q_idx, dtype)
     for b in range(batch_size):
-        keys = k_idx[b].to(dtype)
+        keys = (k_idx[b] if block_table is None else k_idx[block_table[b].clamp_min(0).long()].flatten(0, 1)).to(dtype)
+        if lengths is not None:
+            seen = lengths[b].long() - num_queries + 1 + torch.arange(num_queries, device=q_idx.device)
+            ranges = torch.zeros_like(seen), (seen.clamp_min(0) // kpool).clamp_max(num_keys)
         for start in range(0, num_queries, block):
             stop = min(start + block, num_queries)
             first, last = (x[start:stop] for x in ranges)
-            upper = min(num_keys, max(0, (query_start + stop) // kpool)) if causal else num_keys
+            upper = min(num_keys, max(0, (query_start + stop) // kpool)) if causal and lengths is None else num_keys
             low, high = block_range(first, last, upper)
             if high == low:
                 continue
@@ -206,15 +214,18 @@ def _(
     query_start: int,
     cu_seqlens: Tensor | None,
     kpool: int,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     return q_idx.new_empty((q_idx.shape[0], q_idx.shape[1], topk), dtype=torch.int32)
 
 
-def check_indexer(op: str, q_idx: Tensor, k_idx: Tensor, w: Tensor) -> None:
-    """Check the three tensors every indexer operator takes."""
+def check_indexer(op: str, q_idx: Tensor, k_idx: Tensor, w: Tensor, *, paged: bool = False) -> None:
+    """Check the three tensors every indexer operator takes; ``paged`` keys are a pool that batch entries share."""
     check_rank(op, "q_idx", q_idx, "[B, T, HI, DI]")
     batch_size, num_queries, num_heads, width = q_idx.shape
-    check_shape(op, "k_idx", k_idx, (batch_size, None, width), "[B, S, DI]")
+    wanted = "[num_pages, page_size, DI] with block_table" if paged else "[B, S, DI]"
+    check_shape(op, "k_idx", k_idx, (None if paged else batch_size, None, width), wanted)
     check_shape(op, "w", w, (batch_size, num_queries, num_heads), "[B, T, HI]")
     check_dtype(op, "q_idx", q_idx, FLOATING)
     check_dtype(op, "k_idx", k_idx, (q_idx.dtype,))
@@ -236,6 +247,26 @@ def check_visibility(
     if num_keys != num_queries:  # formatted only on failure: formatting a symbolic size fixes it in a compiled graph
         raise ValueError(f"{op}: k_idx must have S = T = {num_queries} with cu_seqlens, got S = {num_keys}")
     check_cu_seqlens(op, cu_seqlens, batch_size, num_queries)
+
+
+def _check_cache(
+    op: str, batch_size: int, device: torch.device, causal: bool, query_start: int, cu_seqlens: Tensor | None,
+    lengths: Tensor | None, block_table: Tensor | None,
+) -> None:  # fmt: skip
+    """Check the arguments that say how long caches are and where they lie."""
+    if lengths is None:
+        check(block_table is None, op, "block_table", "come with lengths", "lengths = None")
+        return
+    check_shape(op, "lengths", lengths, (batch_size,), "[B]")
+    check(causal, op, "causal", "be True with lengths", causal)
+    check(query_start == 0, op, "query_start", "be 0 with lengths, which say where queries stand", query_start)
+    check(cu_seqlens is None, op, "cu_seqlens", "be None with lengths", "a tensor")
+    if block_table is not None:
+        check_shape(op, "block_table", block_table, (batch_size, None), "[B, pages]")
+    for name, tensor in (("lengths", lengths), ("block_table", block_table)):
+        if tensor is not None:
+            check_dtype(op, name, tensor, INTEGER)
+            check_device(op, name, tensor, device)
 
 
 def lightning_scores(q_idx: Tensor, k_idx: Tensor, w: Tensor) -> Tensor:
@@ -276,6 +307,8 @@ def lightning_topk(
     query_start: int = 0,
     cu_seqlens: Tensor | None = None,
     kpool: int = 1,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Select for every query the ``topk`` visible keys with the largest indexer scores.
@@ -293,6 +326,12 @@ def lightning_topk(
         cu_seqlens: int32 or int64 ``[N + 1]`` boundaries of packed sequences, B = 1 and S = T; indices stay global.
             Read on CPU outside graphs only, to check them.
         kpool: tokens per pooled key; pool p is visible iff its last token ``p * kpool + kpool - 1`` is.
+        lengths: int32 or int64 ``[B]``, for caches that are longer than what they hold: tokens in each batch entry's
+            cache, the new ones included, so that query t stands at ``lengths[b] - T + t``; causal, without
+            ``query_start`` and ``cu_seqlens``. Read on the device: a CUDA graph replays with the lengths of the day.
+        block_table: int32 or int64 ``[B, pages]``, with ``lengths``: k_idx is a pool ``[num_pages, page_size, DI]``
+            and key s of entry b lies in page ``block_table[b, s // page_size]``; entries of unused pages do not
+            matter. Indices stay those of the entry's own keys (`paged_rows` says where they lie in the pool).
         backend: ``"stream"`` (blocks of queries, bounded workspace), ``"reference"`` (dense, stable sort) or
             ``"auto"``, which is ``"stream"``.
 
@@ -314,11 +353,14 @@ def lightning_topk(
     op = "lightning_topk"
     check_choice(op, "backend", backend, ("auto", "stream", "reference"))
     check(topk >= 1, op, "topk", "be at least 1", topk)
-    check_indexer(op, q_idx, k_idx, w)
+    check_indexer(op, q_idx, k_idx, w, paged=block_table is not None)
     batch_size, num_queries, num_keys = q_idx.shape[0], q_idx.shape[1], k_idx.shape[1]
     check_visibility(op, num_queries, num_keys, batch_size, query_start, cu_seqlens, kpool)
+    _check_cache(op, batch_size, q_idx.device, causal, query_start, cu_seqlens, lengths, block_table)
     q_idx, k_idx, w = q_idx.detach(), k_idx.detach(), w.detach()
     if backend == "reference":
+        if lengths is not None:
+            return _reference_cache(q_idx, k_idx, w, topk, kpool, lengths, block_table)
         visible = reference_visible(
             num_queries,
             num_keys,
@@ -330,6 +372,16 @@ def lightning_topk(
         )
         return reference_topk(reference_scores(q_idx, k_idx, w), visible, topk)
     indices: Tensor = torch.ops.hybrid_flex.lightning_topk(
-        q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool
+        q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool, lengths, block_table
     )
     return indices
+
+
+def _reference_cache(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, topk: int, kpool: int, lengths: Tensor, block_table: Tensor | None
+) -> Tensor:
+    """Select densely from caches of several lengths."""
+    keys = k_idx if block_table is None else k_idx[block_table.clamp_min(0).long()].flatten(1, 2)
+    position = lengths[:, None, None] - q_idx.shape[1] + torch.arange(q_idx.shape[1], device=q_idx.device)[:, None]
+    visible = torch.arange(keys.shape[1], device=q_idx.device) * kpool + kpool - 1 <= position
+    return reference_topk(reference_scores(q_idx, keys, w), visible, topk)

@@ -116,3 +116,18 @@ def test_what_is_not_visible_changes_nothing(device: str) -> None:
     x[1][:, 40:] = NAN
     after = launcher.lightning_topk(*x, 8, True, 0, None, 1)
     assert torch.equal(before[:, :40], after[:, :40])
+
+
+@pytest.mark.parametrize("T", [1, 3, 20])
+def test_caches_of_several_lengths_and_pages(T: int, device: str) -> None:
+    """The keys of three caches lie in pages of 16, in any order, and no page follows the last of each."""
+    (q, k, w), lengths = inputs(3, T, 96, 2, 16), torch.tensor([96, 5, 40])
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(1))
+    pool = torch.full((20, 16, 16), NAN).index_copy(0, order, k.view(18, 16, 16))
+    table = torch.where(torch.arange(6) * 16 < lengths[:, None], order.view(3, 6), -1).int()
+    position = lengths[:, None, None] - T + torch.arange(T)[:, None]
+    want = reference_topk(reference_scores(q, k, w), torch.arange(96) <= position, 9)
+    for keys, pages in ((k, None), (pool, table.to(device))):
+        x = (t.to(device) for t in (q, keys, w))
+        got = launcher.lightning_topk(*x, 9, True, 0, None, 1, lengths.to(device), pages)
+        assert torch.equal(got.cpu(), want)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hybrid_flex.ops.dsa import lightning_scores, lightning_topk
+from hybrid_flex.ops.dsa import lightning_scores, lightning_topk, paged_rows
 from hybrid_flex.ops.dsa.indexer import ScoreTiles, select_topk
 from hybrid_flex.ops.dsa.reference import reference_scores
 
@@ -261,3 +261,65 @@ def test_errors() -> None:
     expect(ValueError, r"cu_seqlens must come with a batch size of 1", *two, 2, cu_seqlens=cu)
     with pytest.raises(TypeError, match="unexpected keyword"):
         lightning_topk(q_idx, k_idx, w, 2, top=3)  # type: ignore[call-arg]
+
+
+def pages_of(k_idx: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Cut caches ``[B, S, DI]`` into pages, shuffle them into a pool, and say which are whose; unused ones are -1."""
+    num_pages = -(-k_idx.shape[1] // page_size)
+    padded = torch.nn.functional.pad(k_idx, (0, 0, 0, num_pages * page_size - k_idx.shape[1]))
+    pages = padded.unflatten(1, (num_pages, page_size)).flatten(0, 1)
+    order = torch.randperm(len(pages) + 2, generator=torch.Generator().manual_seed(9))[: len(pages)]
+    pool = torch.full((len(pages) + 2, page_size, k_idx.shape[2]), float("nan")).index_copy(0, order, pages)
+    table = order.view(k_idx.shape[0], num_pages)
+    return pool, torch.nn.functional.pad(table, (0, 1), value=-1)
+
+
+@pytest.mark.parametrize("kpool", [1, 4])
+@pytest.mark.parametrize("backend", ["stream", "reference"])
+def test_caches_of_several_lengths_equal_each_alone(backend: str, kpool: int) -> None:
+    q_idx, k_idx, w = indexer_inputs(4, 3, 50, 2, 8)
+    lengths = torch.tensor([200 // kpool, 3, 57, 2])
+    got = lightning_topk(q_idx, k_idx, w, 6, lengths=lengths, kpool=kpool, backend=backend)
+    for b, length in enumerate(lengths.tolist()):
+        keys = k_idx[b : b + 1, : max(length // kpool, 0)]
+        for t in range(3):
+            part = (q_idx[b : b + 1, t : t + 1], keys, w[b : b + 1, t : t + 1])
+            position = length - 3 + t  # a cache shorter than its queries: the first of them see nothing
+            alone = lightning_topk(*part, 6, query_start=max(position, 0), kpool=kpool, backend="reference")
+            alone = alone if position >= 0 else torch.full_like(alone, -1)
+            assert torch.equal(got[b : b + 1, t : t + 1], alone), (b, t)
+
+
+@pytest.mark.parametrize("backend", ["stream", "reference"])
+def test_pages_equal_a_cache_in_one_piece(backend: str) -> None:
+    q_idx, k_idx, w = indexer_inputs(3, 2, 50, 2, 8)
+    lengths = torch.tensor([50, 9, 33], dtype=torch.int32)
+    pool, table = pages_of(k_idx, 8)
+    expected = lightning_topk(q_idx, k_idx, w, 6, lengths=lengths)
+    assert torch.equal(lightning_topk(q_idx, pool, w, 6, lengths=lengths, block_table=table, backend=backend), expected)
+    rows = paged_rows(expected, table, 8)
+    assert torch.equal(rows < 0, expected < 0)
+    for b in range(3):
+        used = expected[b] >= 0
+        assert torch.equal(pool.flatten(0, 1)[rows[b][used]], k_idx[b][expected[b][used].long()])
+
+
+def test_errors_of_caches() -> None:
+    q_idx, k_idx, w = indexer_inputs(2, 1, 8, 2, 4)
+    lengths, table = torch.tensor([8, 3]), torch.tensor([[0, 1], [2, 3]])
+
+    def expect(kind: type[Exception], message: str, **options: object) -> None:
+        with pytest.raises(kind, match=message):
+            lightning_topk(q_idx, k_idx, w, 2, **options)  # type: ignore[arg-type]
+
+    expect(ValueError, r"lightning_topk: lengths must be \[B\] = \[2\], got shape \(1,\)", lengths=lengths[:1])
+    expect(TypeError, r"lightning_topk: lengths must have dtype int32, int64, got float32", lengths=lengths.float())
+    expect(ValueError, r"lightning_topk: causal must be True with lengths, got False", lengths=lengths, causal=False)
+    expect(ValueError, r"lightning_topk: query_start must be 0 with lengths", lengths=lengths, query_start=3)
+    expect(ValueError, r"lightning_topk: block_table must come with lengths, got lengths = None", block_table=table)
+    expect(ValueError, r"block_table must be \[B, pages\] = \[2, \*\]", lengths=lengths, block_table=table[:1])
+    for indices, message in ((table, r"paged_rows: indices must be \[B, T, J\]"),):
+        with pytest.raises(ValueError, match=message):
+            paged_rows(indices, table, 4)
+    with pytest.raises(ValueError, match="paged_rows: page_size must be at least 1, got 0"):
+        paged_rows(table[None].expand(2, 2, 2), table, 0)
