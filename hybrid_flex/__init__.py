@@ -11,6 +11,7 @@ from hybrid_flex.layers import (
     CausalAttention,
     DeepSeekSparseAttention,
     DeepSeekSparseMLA,
+    DSACache,
     DSAState,
     KDAState,
     KimiDeltaAttention,
@@ -23,6 +24,7 @@ from hybrid_flex.models import HybridBlock, HybridConfig, HybridLanguageModel, L
 
 __all__ = [
     "CausalAttention",
+    "DSACache",
     "DSAState",
     "DeepSeekSparseAttention",
     "DeepSeekSparseMLA",

@@ -10,6 +10,7 @@ import hybrid_flex
 from hybrid_flex import ops
 
 TOP_LEVEL = [
+    "DSACache",
     "DSAState",
     "DeepSeekSparseAttention",
     "DeepSeekSparseMLA",

@@ -1,5 +1,6 @@
 """Layers: parameters, initialisation and state around the operators; a mixer is ``forward(x, state) -> (y, state)``."""
 
+from hybrid_flex.layers.cache import DSACache
 from hybrid_flex.layers.dense import CausalAttention
 from hybrid_flex.layers.dsa import DeepSeekSparseAttention
 from hybrid_flex.layers.hybrid import HybridState, ParallelHybrid, SequentialHybrid
@@ -11,6 +12,7 @@ from hybrid_flex.layers.state import DSAState, KDAState, KVState
 
 __all__ = [
     "CausalAttention",
+    "DSACache",
     "DSAState",
     "DeepSeekSparseAttention",
     "DeepSeekSparseMLA",

@@ -118,18 +118,18 @@ class DeepSeekSparseAttention(SparseLayer):
                 kpool=index_kpool,
             )
 
-    def _project(self, x: Tensor, positions: Tensor, past: Tensor | None) -> Projected:
+    def _project(self, x: Tensor, positions: Tensor) -> Projected:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.rope_dim > 0:
             cos, sin = rope_cos_sin(positions, self.rope_dim, self.rope_theta)
             q, k = apply_rope(q, cos, sin, self.rope_layout), apply_rope(k, cos, sin, self.rope_layout)
-        kv = torch.cat((k, v), dim=-1)
-        if past is not None:
-            kv = torch.cat((past, kv), dim=1)
+        return Projected(q, torch.cat((k, v), dim=-1), query_input=x)
+
+    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         k, v = kv.split(self.head_dim, dim=-1)
-        return Projected(q, k, v, kv, query_input=x)
+        return q, k, v
 
     def _output(self, o: Tensor) -> Tensor:
         return self.o_proj(o.flatten(-2))

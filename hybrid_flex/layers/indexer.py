@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_flex.checks import check, check_choice
+from hybrid_flex.layers.cache import DSACache
 from hybrid_flex.layers.float32 import Float32LayerNorm
 from hybrid_flex.ops.dsa import (
     RopeLayout,
@@ -155,7 +156,7 @@ class LightningIndexer(nn.Module):
             raise ValueError(f"LightningIndexer: cu_seqlens must be None with pooled keys, got kpool = {self.kpool}")
         return lightning_topk(
             q_idx.detach(),
-            self._scored_keys(index_keys).detach(),
+            self.scored_keys(index_keys).detach(),
             w.detach(),
             self.topk // self.kpool,
             query_start=query_start,
@@ -163,7 +164,34 @@ class LightningIndexer(nn.Module):
             kpool=self.kpool,
         )
 
-    def tokens(self, selection: Tensor, *, query_start: int = 0) -> Tensor:
+    def append(self, index_keys: Tensor, cache: DSACache, positions: Tensor) -> None:
+        """Write the rows ``[B, T, cache_width]`` of new tokens at ``positions [B, T]`` into a cache of fixed size.
+
+        With pooled keys the rows of the incomplete pool wait in ``cache.index_tail``; the pool is written again with
+        every token, and nobody sees it before its last.
+        """
+        if self.kpool == 1:
+            cache.append_index(index_keys, positions)
+            return
+        entry = torch.arange(index_keys.shape[0], device=index_keys.device)
+        for t in range(index_keys.shape[1]):
+            cache.index_tail.index_put_((entry, positions[:, t] % self.kpool), index_keys[:, t])
+            cache.append_index(self.scored_keys(cache.index_tail), positions[:, t : t + 1] // self.kpool)
+
+    def select_cached(self, q_idx: Tensor, w: Tensor, cache: DSACache, lengths: Tensor) -> Tensor:
+        """Choose tokens for the last queries ``[B, T, HI, DI]`` of caches that hold ``lengths [B]`` tokens."""
+        selection = lightning_topk(
+            q_idx.detach(),
+            cache.index_keys,
+            w.detach(),
+            self.topk // self.kpool,
+            kpool=self.kpool,
+            lengths=lengths,
+            block_table=cache.block_table,
+        )
+        return self.tokens(selection, query_start=lengths - q_idx.shape[1])
+
+    def tokens(self, selection: Tensor, *, query_start: int | Tensor = 0) -> Tensor:
         """Turn what `select` chose into token indices: pools are written out and their visible tail added."""
         return selection if self.kpool == 1 else expand_pools(selection, self.kpool, query_start=query_start)
 
@@ -200,7 +228,7 @@ class LightningIndexer(nn.Module):
             raise ValueError(f"LightningIndexer: cu_seqlens must be None with pooled keys, got kpool = {self.kpool}")
         return indexer_kl_loss(
             q_idx,
-            self._scored_keys(index_keys),
+            self.scored_keys(index_keys),
             w,
             q.detach(),
             k.detach(),
@@ -211,7 +239,8 @@ class LightningIndexer(nn.Module):
             kpool=self.kpool,
         )
 
-    def _scored_keys(self, index_keys: Tensor) -> Tensor:
+    def scored_keys(self, index_keys: Tensor) -> Tensor:
+        """Turn cache rows ``[B, S, cache_width]`` into the keys that are scored: themselves, or complete pools."""
         if self.kpool == 1:
             return index_keys
         k_idx, gate = index_keys.split(self.head_dim, dim=-1)

@@ -138,7 +138,7 @@ class DeepSeekSparseMLA(SparseLayer):
                 kpool=index_kpool,
             )
 
-    def _project(self, x: Tensor, positions: Tensor, past: Tensor | None) -> Projected:
+    def _project(self, x: Tensor, positions: Tensor) -> Projected:
         q, query_input = self._queries(x)
         latent, k_rot = self.kv_a_proj(x).split((self.kv_lora_rank, self.rope_dim), dim=-1)
         latent = self.kv_a_norm(latent)
@@ -147,11 +147,10 @@ class DeepSeekSparseMLA(SparseLayer):
             q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
             q = torch.cat((q_nope, apply_rope(q_rot, cos, sin, self.rope_layout)), dim=-1)
             k_rot = apply_rope(k_rot, cos, sin, self.rope_layout)
-        kv = torch.cat((latent, k_rot), dim=-1).unsqueeze(2)
-        if past is not None:
-            kv = torch.cat((past, kv), dim=1)
-        q, k, v = self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
-        return Projected(q, k, v, kv, query_input)
+        return Projected(q, torch.cat((latent, k_rot), dim=-1).unsqueeze(2), query_input)
+
+    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
 
     def _output(self, o: Tensor) -> Tensor:
         if self.form == "absorbed":

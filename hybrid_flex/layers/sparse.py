@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_flex.checks import check, check_choice, check_cu_seqlens, check_shape
+from hybrid_flex.layers.cache import DSACache, make_cache
 from hybrid_flex.layers.dense import dense_attention
 from hybrid_flex.layers.indexer import LightningIndexer
 from hybrid_flex.layers.positions import token_positions
@@ -25,13 +26,9 @@ class Projected(NamedTuple):
     """What a layer makes of its input before it attends."""
 
     q: Tensor
-    """Queries [B, T, H, D]."""
-    k: Tensor
-    """Keys of past and new tokens, [B, S, Hkv, D]."""
-    v: Tensor
-    """Values of past and new tokens, [B, S, Hkv, DV]."""
+    """Queries [B, T, H, D], as `_attended` takes them."""
     kv: Tensor
-    """The grown cache, [B, S, Hkv, X], which k and v are made from."""
+    """Rows of the cache, [B, T, Hkv, X], which keys and values are made from."""
     query_input: Tensor
     """What the indexer makes its queries from, [B, T, DQ]."""
 
@@ -47,8 +44,12 @@ class SparseLayer(nn.Module):
     backend: str
     indexer: LightningIndexer | None
 
-    def _project(self, x: Tensor, positions: Tensor, past: Tensor | None) -> Projected:
-        """Make queries, keys and values of x ``[B, T, D]`` and append to the cache ``past``."""
+    def _project(self, x: Tensor, positions: Tensor) -> Projected:
+        """Make queries and rows of the cache of x ``[B, T, D]``, whose tokens stand at ``positions [T]`` or [B, T]."""
+        raise NotImplementedError
+
+    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn queries and a cache ``[B, S, Hkv, X]`` into ``q [B, T, H, D]``, ``k [B, S, Hkv, D]`` and v, Dv wide."""
         raise NotImplementedError
 
     def _output(self, o: Tensor) -> Tensor:
@@ -119,7 +120,10 @@ class SparseLayer(nn.Module):
         self._check_inputs(x, state, cu_seqlens, stage)
         start = 0 if state is None else state.kv.shape[1]
         positions = token_positions(x.shape[1], start, cu_seqlens, x.device)
-        q, k, v, kv, query_input = self._project(x, positions, None if state is None else state.kv)
+        q, kv, query_input = self._project(x, positions)
+        if state is not None:
+            kv = torch.cat((state.kv, kv), dim=1)
+        q, k, v = self._attended(q, kv)
 
         selection = None
         index_keys = x.new_zeros(x.shape[0], kv.shape[1], 0)
@@ -154,6 +158,104 @@ class SparseLayer(nn.Module):
         assert grown is not None
         return y.squeeze(1), grown
 
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int,
+        *,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DSACache:
+        """Make an empty cache of fixed size, for `decode`: in one piece, or in pages that sequences share.
+
+        Args:
+            batch_size: B.
+            max_length: tokens that a sequence can hold.
+            page_size: tokens in a page, a multiple of the indexer's kpool; None for a cache in one piece.
+            num_pages: pages in the pool; by default as many as B sequences of ``max_length`` need, and then the table
+                gives each sequence its own. With fewer the table is -1 everywhere: whoever serves requests fills it in.
+            device: where the cache lies; by default beside the weights.
+            dtype: of keys and values; by default that of the weights.
+
+        Raises:
+            ValueError: a size is not positive, or ``page_size`` no multiple of kpool.
+        """
+        device = self.o_proj.weight.device if device is None else device
+        dtype = self.o_proj.weight.dtype if dtype is None else dtype
+        kpool, width = (1, 0) if self.indexer is None else (self.indexer.kpool, self.indexer.head_dim)
+        return make_cache(
+            type(self).__name__,
+            batch_size,
+            max_length,
+            page_size,
+            num_pages,
+            kv_shape=self.cache_shape,
+            index_width=width,
+            kpool=kpool,
+            device=device,
+            dtype=dtype,
+        )
+
+    @torch.no_grad()
+    def fill_cache(self, cache: DSACache, entry: int, state: DSAState) -> None:
+        """Let sequence ``entry`` of a cache begin with the state that a prefill of this one sequence has left.
+
+        Raises:
+            ValueError: the state is not of this layer, or of more sequences than one.
+        """
+        name = type(self).__name__
+        self._check_state(name, state, 1)
+        keys, tail = state.index_keys, state.index_keys[:, :0, :0]
+        if self.indexer is not None and self.indexer.kpool > 1:
+            tail = keys[:, keys.shape[1] // self.indexer.kpool * self.indexer.kpool :]
+            keys = self.indexer.scored_keys(keys)
+        cache.fill(entry, state.kv, keys, tail)
+
+    def decode(self, x: Tensor, cache: DSACache, *, indices: Tensor | None = None) -> Tensor:
+        """Mix the next tokens of every sequence and append them to its cache, in place.
+
+        What is computed has fixed shapes and the lengths stay on the device, so a call can be captured in a CUDA graph.
+        No gradient.
+
+        Args:
+            x: hidden states ``[B, T, D]``, a few tokens (they are appended to the cache one by one with pooled keys).
+            cache: from `init_cache`; its rows, its lengths and its incomplete pools change.
+            indices: a selection to attend to instead of this layer's own, int32 ``[B, T, J]``, -1 unused.
+
+        Returns:
+            ``y [B, T, D]``.
+
+        Raises:
+            ValueError: a shape does not fit, a layer without an indexer gets no ``indices``, or an MLA layer is in its
+                expanded form, which would write out every key.
+        """
+        return self.decode_and_select(x, cache, indices=indices)[0]
+
+    @torch.no_grad()
+    def decode_and_select(self, x: Tensor, cache: DSACache, *, indices: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Do what `decode` does and also return the indices attended to, for layers that reuse them."""
+        name = type(self).__name__
+        check_shape(name, "x", x, (cache.lengths.shape[0], None, self.hidden_size), "[B, T, D]")
+        check(getattr(self, "form", "absorbed") == "absorbed", name, "form", "be 'absorbed' to decode", "'expanded'")
+        before = cache.lengths.to(torch.int64)
+        positions = before[:, None] + torch.arange(x.shape[1], device=x.device)
+        q, kv, query_input = self._project(x, positions)
+        cache.append(kv, positions)
+        if self.indexer is not None:
+            q_idx, w, index_keys = self.indexer.project(x, positions, query_input=query_input)
+            self.indexer.append(index_keys, cache, positions)
+            if indices is None:
+                indices = self.indexer.select_cached(q_idx, w, cache, before + x.shape[1])
+        if indices is None:
+            raise ValueError(f"{name}: indices must come from an earlier layer, got None")
+        cache.lengths += x.shape[1]
+        rows, kv = cache.attended(indices)
+        q, k, v = self._attended(q, kv)
+        o, _ = sparse_attention(q, k, v, rows, scale=self.scale, backend=self.backend)
+        return self._output(o), indices
+
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> DSAState:
@@ -171,9 +273,12 @@ class SparseLayer(nn.Module):
         check_shape(name, "x", x, (None, None, self.hidden_size), "[B, T, D]")
         check_choice(name, "stage", stage, (None, *STAGES))
         if state is not None:
-            check_state(name, "state.kv", state.kv, (None, None, *self.cache_shape), x.shape[0])
-            index_width = 0 if self.indexer is None else self.indexer.cache_width
-            check_state(name, "state.index_keys", state.index_keys, (None, None, index_width), x.shape[0])
+            self._check_state(name, state, x.shape[0])
         if cu_seqlens is not None:
             check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
             check(state is None, name, "state", "be None with cu_seqlens (packed sequences have no cache)", "a state")
+
+    def _check_state(self, name: str, state: DSAState, batch_size: int) -> None:
+        check_state(name, "state.kv", state.kv, (None, None, *self.cache_shape), batch_size)
+        index_width = 0 if self.indexer is None else self.indexer.cache_width
+        check_state(name, "state.index_keys", state.index_keys, (None, None, index_width), batch_size)

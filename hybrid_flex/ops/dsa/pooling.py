@@ -56,13 +56,13 @@ def pool_index_keys(k_idx: Tensor, gate: Tensor, ape: Tensor, kpool: int) -> Ten
     return (weights * keys).sum(2).to(k_idx.dtype)
 
 
-def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int = 0) -> Tensor:
+def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int | Tensor = 0) -> Tensor:
     """Write out the tokens of the selected pools, and the visible tokens of the incomplete tail pool after them.
 
     Args:
         pool_indices: int32 or int64 ``[B, T, Jp]``, ascending, -1 in unused slots at the end (`lightning_topk`).
         kpool: tokens per pool, >= 1.
-        query_start: position of query 0 among the keys, >= 0.
+        query_start: position of query 0 among the keys, >= 0; integers ``[B]`` where it differs.
 
     Returns:
         int32 ``[B, T, Jp * kpool + kpool - 1]``: token indices, ascending, -1 in unused slots at the end.
@@ -82,6 +82,9 @@ def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int = 0) -> T
     check(kpool >= 1, op, "kpool", "be at least 1", kpool)
     check_rank(op, "pool_indices", pool_indices, "[B, T, Jp]")
     check_dtype(op, "pool_indices", pool_indices, INTEGER)
+    if isinstance(query_start, Tensor):
+        check_shape(op, "query_start", query_start, (pool_indices.shape[0],), "[B]")
+        check_dtype(op, "query_start", query_start, INTEGER)
     device = pool_indices.device
     num_queries, num_slots = pool_indices.shape[1], pool_indices.shape[2]
     slot = torch.arange(kpool, device=device, dtype=torch.int32)
@@ -90,7 +93,8 @@ def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int = 0) -> T
     # Pools and tail are ascending runs already: the tail only has to start where the last selected pool ends.
     column = torch.arange(num_slots * kpool + kpool - 1, device=device, dtype=torch.int32)
     used = (pool_indices >= 0).sum(-1, keepdim=True, dtype=torch.int32) * kpool
-    length = torch.arange(num_queries, device=device, dtype=torch.int32)[:, None] + query_start + 1
+    start = query_start[:, None, None] if isinstance(query_start, Tensor) else query_start
+    length = torch.arange(num_queries, device=device, dtype=torch.int32)[:, None] + start + 1
     tail_start = length // kpool * kpool
     tail = tail_start + column - used
     tail = torch.where(tail < length, tail, -1)
