@@ -1,6 +1,6 @@
 """First kernels of the lightning indexer: scores of a stretch of queries, as integers that sort like them.
 
-    I_ts = sum_j w_tj ReLU(q_idx_tj . k_idx_s)
+    I_ts = sum_j w_tj ReLU(q_idx_tj . k_idx_s)        in eight bits w_tj holds a query's scale, and I_ts takes the key's
 
 The sum over heads runs in float32 registers, so only one number per query and key goes to memory, into a workspace
 that the launcher bounds (topk.py) and select.py reads.
@@ -45,26 +45,29 @@ def visible_range(
 
 
 @triton.jit
-def load_keys(
-    p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr
-):
-    """Load index keys i_s of batch entry i_b; with pages of PAGE keys, of which an entry has PAGES, from their pool."""
+def key_places(p_table, i_b, i_s, S, PAGE: tl.constexpr, PAGES: tl.constexpr):
+    """Return block and row of keys i_s of batch entry i_b in ``[blocks, rows, DI]``, and where there is one.
+
+    Blocks are batch entries, or pages of PAGE keys, of which an entry has PAGES in the table.
+    """
+    m_s = i_s < S
     if PAGE > 0:
-        i_page = tl.load(p_table + i_b * PAGES + i_s // PAGE, mask=m_s, other=0).to(tl.int64)
-        p_k += i_page[:, None] * stride_kb + (i_s % PAGE)[:, None] * stride_ks
-        m_s &= i_page >= 0
+        i_block = tl.load(p_table + i_b * PAGES + i_s // PAGE, mask=m_s, other=0).to(tl.int64)
+        i_row = i_s % PAGE
+        m_s &= i_block >= 0
     else:
-        p_k += i_b.to(tl.int64) * stride_kb + i_s.to(tl.int64)[:, None] * stride_ks
-    return tl.load(p_k + i_d[None, :], mask=m_s[:, None] & (i_d < DI)[None, :], other=0.0)
+        i_block = tl.zeros_like(i_s).to(tl.int64) + i_b
+        i_row = i_s
+    return i_block, i_row, m_s
 
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
 def scores_kernel(
-    p_q, p_k, p_w, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start,
-    rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, SEES: tl.constexpr, PAGE: tl.constexpr,
-    PAGES: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    p_q, p_k, p_w, p_scale, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_scale,
+    stride_keys, start, rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BT: tl.constexpr,
+    BS: tl.constexpr, BD: tl.constexpr, TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr,
+    SEES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Score BT of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
     i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
@@ -76,8 +79,10 @@ def scores_kernel(
     first = tl.where(last > first, first, S)
     if (tl.program_id(0) * BS >= tl.max(last, 0)) | (tl.program_id(0) * BS + BS <= tl.min(first, 0)):
         return
-    m_s, m_d = i_s < S, i_d < DI
-    b_k = load_keys(p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI, PAGE, PAGES)
+    m_d = i_d < DI
+    i_block, i_row, m_s = key_places(p_table, i_b, i_s, S, PAGE, PAGES)
+    p_k += (i_block * stride_kb + i_row * stride_ks)[:, None] + i_d[None, :]
+    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
     p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64)[:, None] * (HI * DI) + i_d[None, :]
     p_w += i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI
     b_I = tl.zeros((BT, BS), dtype=tl.float32)
@@ -86,16 +91,18 @@ def scores_kernel(
         b_w = tl.load(p_w + h, mask=m_t, other=0.0).to(tl.float32)
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_I += tl.maximum(b_x, 0.0) * b_w[:, None]
+    if SCALED:  # the queries' scales are in w
+        b_I *= tl.load(p_scale + i_block * stride_scale + i_row, mask=m_s, other=0.0)[None, :]
     offsets = (i_b * rows + i_r).to(tl.int64)[:, None] * stride_keys + i_s[None, :]
     tl.store(p_keys + offsets, sortable(b_I), mask=m_t[:, None] & (i_s < stride_keys)[None, :])
 
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
 def few_scores_kernel(
-    p_q, p_k, p_w, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_keys, start,
-    rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BH: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
-    TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr, SEES: tl.constexpr, PAGE: tl.constexpr,
-    PAGES: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_w, p_scale, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_scale,
+    stride_keys, start, rows, T, S, query_start, HI: tl.constexpr, DI: tl.constexpr, BH: tl.constexpr,
+    BS: tl.constexpr, BD: tl.constexpr, TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr,
+    SEES: tl.constexpr, PAGE: tl.constexpr, PAGES: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Score one of the queries ``start <= t < start + rows`` of one batch entry against BS keys."""
     i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1), tl.program_id(2)
@@ -105,12 +112,16 @@ def few_scores_kernel(
     )  # fmt: skip
     if (last - first <= TOPK) | (tl.program_id(0) * BS >= last) | (tl.program_id(0) * BS + BS <= first):
         return
-    m_s, m_h, m_d = i_s < S, i_h < HI, i_d < DI
-    b_k = load_keys(p_k, p_table, stride_kb, stride_ks, i_b, i_s, m_s, i_d, DI, PAGE, PAGES)
+    m_h, m_d = i_h < HI, i_d < DI
+    i_block, i_row, m_s = key_places(p_table, i_b, i_s, S, PAGE, PAGES)
+    p_k += (i_block * stride_kb + i_row * stride_ks)[:, None] + i_d[None, :]
+    b_k = tl.load(p_k, mask=m_s[:, None] & m_d[None, :], other=0.0)
     p_q += i_b.to(tl.int64) * stride_qb + i_t.to(tl.int64) * (HI * DI)
     b_q = tl.load(p_q + i_h[:, None] * DI + i_d[None, :], mask=m_h[:, None] & m_d[None, :], other=0.0)
     b_w = tl.load(p_w + i_b.to(tl.int64) * stride_wb + i_t.to(tl.int64) * HI + i_h, mask=m_h, other=0.0)
     b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_I = tl.sum(tl.maximum(b_x, 0.0) * b_w.to(tl.float32)[:, None], 0)
+    if SCALED:
+        b_I *= tl.load(p_scale + i_block * stride_scale + i_row, mask=m_s, other=0.0)
     p_keys += (i_b * rows + i_r).to(tl.int64) * stride_keys + i_s
     tl.store(p_keys, sortable(b_I), mask=i_s < stride_keys)

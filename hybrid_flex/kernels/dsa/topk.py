@@ -59,6 +59,7 @@ def lightning_topk(
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
     *,
+    key_scale: Tensor | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
     """Select the topk best keys of every query; arguments as those of the operator, which has checked them.
@@ -74,6 +75,7 @@ def lightning_topk(
         kpool: tokens per key.
         lengths: tokens of each batch entry's cache, ``[B]``, or None.
         block_table: pages of each batch entry, ``[B, pages]``, or None.
+        key_scale: float32 ``[B, S]``, or as the pages are, which a key's scores are multiplied with; or None.
         workspace_bytes: bound of what is allocated beside the result, if one query's row fits.
 
     Returns:
@@ -93,7 +95,8 @@ def lightning_topk(
     num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
     for b in range(0, B, num_batch):
         batch = slice(b, min(b + num_batch, B))
-        keys, table = (k_idx[batch], None) if block_table is None else (k_idx, block_table[batch])
+        own, table = (batch, None) if block_table is None else (slice(None), block_table[batch])
+        keys, scale = k_idx[own], None if key_scale is None else key_scale[own]
         seen = last if sees != "length" or last is None else last[batch]
         for start in range(0, T, num_rows):
             stop = min(start + num_rows, T)
@@ -101,7 +104,7 @@ def lightning_topk(
             rows = _Rows(first, seen, table, start, stop - start, (T, S, query_start), flags)
             scores = indices
             if upper > topk:
-                scores = _score(q_idx[batch], keys, w[batch], rows, upper, {"PAGE": page, "PAGES": num_pages})
+                scores = _score(q_idx[batch], keys, w[batch], scale, rows, upper, {"PAGE": page, "PAGES": num_pages})
             _select(scores, rows, max(upper, 1), topk, indices[batch])
     return indices
 
@@ -135,27 +138,29 @@ def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
     return next(fits, sizes[-1])
 
 
-def _score(q_idx: Tensor, k_idx: Tensor, w: Tensor, rows: _Rows, upper: int, pages: dict[str, int]) -> Tensor:
+def _score(
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, scale: Tensor | None, rows: _Rows, upper: int, pages: dict[str, int]
+) -> Tensor:
     """Return sortable scores ``[batch, rows, columns]`` of keys 0 to ``upper``; where a query sees none, noise."""
     B, _, HI, DI = (int(n) if i > 1 else n for i, n in enumerate(q_idx.shape))
     columns = (upper + 15) // 16 * 16
     keys = torch.empty((B, rows.count, columns), dtype=torch.int32, device=q_idx.device)
-    strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), columns)
+    strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), 0 if scale is None else scale.stride(0))
     numbers = (rows.start, rows.count, *rows.numbers)
-    tensors = (q_idx, k_idx, w, *rows.pointers(w), keys)
+    tensors = (q_idx, k_idx, w, w if scale is None else scale, *rows.pointers(w), keys)
     BD = max(16, next_power_of_2(DI))
     key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
-    keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages}
+    keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages, "SCALED": scale is not None}
     keywords["PRECISION"] = "ieee" if q_idx.dtype == torch.float32 else "tf32"
     num_tiles = -(-columns // key_tile)
     if rows.count < FEW_QUERIES:
         heads = max(16, next_power_of_2(HI))
         launchable(few_scores_kernel)[(num_tiles, rows.count, B)](
-            *tensors, *strides, *numbers, **keywords, BH=heads, num_warps=4, num_stages=1
+            *tensors, *strides, columns, *numbers, **keywords, BH=heads, num_warps=4, num_stages=1
         )
         return keys
     launchable(scores_kernel)[(num_tiles, -(-rows.count // QUERY_TILE), B)](
-        *tensors, *strides, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4, num_stages=stages
+        *tensors, *strides, columns, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4, num_stages=stages
     )
     return keys
 

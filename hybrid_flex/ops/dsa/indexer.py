@@ -25,6 +25,7 @@ from hybrid_flex.checks import (
     check_shape,
 )
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dsa.quantize import check_fp8, dequantize, quantize
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
 # NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on
@@ -162,6 +163,7 @@ def _lightning_topk(
     kpool: int,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     batch_size, num_queries, num_heads, _ = q_idx.shape
     num_keys = k_idx.shape[1] if block_table is None else k_idx.shape[1] * block_table.shape[1]
@@ -172,12 +174,17 @@ def _lightning_topk(
             ranges = None
             if cu_seqlens is not None:
                 ranges = visible_ranges(num_queries, num_keys, False, 0, cu_seqlens, 1, q_idx.device)
-            return kernels.lightning_topk(
-                q_idx, k_idx, w, topk, causal, query_start, ranges, kpool, lengths, block_table
-            )
+            key_scale = None
+            if fp8:
+                (q_idx, query_scale), (k_idx, key_scale) = quantize(q_idx), quantize(k_idx)
+                w = w.float() * query_scale
+            options = (topk, causal, query_start, ranges, kpool, lengths, block_table)
+            return kernels.lightning_topk(q_idx, k_idx, w, *options, key_scale=key_scale)
     indices = q_idx.new_full((batch_size, num_queries, topk), -1, dtype=torch.int32)
     if num_keys == 0 or indices.numel() == 0:
         return indices
+    if fp8:
+        q_idx, k_idx = dequantize(*quantize(q_idx)), dequantize(*quantize(k_idx))
     dtype = accumulate_dtype(q_idx)
     ranges = visible_ranges(num_queries, num_keys, causal, query_start, cu_seqlens, kpool, q_idx.device)
     block = min(num_queries, BLOCK_SIZE)
@@ -216,6 +223,7 @@ def _(
     kpool: int,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     return q_idx.new_empty((q_idx.shape[0], q_idx.shape[1], topk), dtype=torch.int32)
 
@@ -309,6 +317,7 @@ def lightning_topk(
     kpool: int = 1,
     lengths: Tensor | None = None,
     block_table: Tensor | None = None,
+    quantization: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Select for every query the ``topk`` visible keys with the largest indexer scores.
@@ -332,6 +341,8 @@ def lightning_topk(
         block_table: int32 or int64 ``[B, pages]``, with ``lengths``: k_idx is a pool ``[num_pages, page_size, DI]``
             and key s of entry b lies in page ``block_table[b, s // page_size]``; entries of unused pages do not
             matter. Indices stay those of the entry's own keys (`paged_rows` says where they lie in the pool).
+        quantization: ``"fp8"`` scores in eight bits: queries and keys are rotated by a Hadamard matrix (DI a power of
+            two) and rounded to e4m3 with one scale a vector; None scores them as they are.
         backend: ``"stream"`` (blocks of queries, bounded workspace), ``"reference"`` (dense, stable sort) or
             ``"auto"``, which is ``"stream"``.
 
@@ -341,6 +352,7 @@ def lightning_topk(
     Raises:
         ValueError: shapes, devices or values that do not fit; ``cu_seqlens`` with ``kpool > 1``.
         TypeError: dtypes that do not fit.
+        RuntimeError: ``quantization="fp8"`` on a CUDA device older than compute capability 8.9.
 
     Device: CPU, in plain torch; CUDA, in Triton kernels (float64, and ``topk`` above 8192: plain torch). Scores are
         summed in float32 (float64 for float64 inputs); the workspace is at most 512 MiB on CUDA, whatever T and S.
@@ -357,8 +369,14 @@ def lightning_topk(
     batch_size, num_queries, num_keys = q_idx.shape[0], q_idx.shape[1], k_idx.shape[1]
     check_visibility(op, num_queries, num_keys, batch_size, query_start, cu_seqlens, kpool)
     _check_cache(op, batch_size, q_idx.device, causal, query_start, cu_seqlens, lengths, block_table)
+    check_choice(op, "quantization", quantization, (None, "fp8"))
+    fp8 = quantization == "fp8"
+    if fp8:
+        check_fp8(op, q_idx)
     q_idx, k_idx, w = q_idx.detach(), k_idx.detach(), w.detach()
     if backend == "reference":
+        if fp8:
+            q_idx, k_idx = dequantize(*quantize(q_idx)), dequantize(*quantize(k_idx))
         if lengths is not None:
             return _reference_cache(q_idx, k_idx, w, topk, kpool, lengths, block_table)
         visible = reference_visible(
@@ -372,7 +390,7 @@ def lightning_topk(
         )
         return reference_topk(reference_scores(q_idx, k_idx, w), visible, topk)
     indices: Tensor = torch.ops.hybrid_flex.lightning_topk(
-        q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool, lengths, block_table
+        q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool, lengths, block_table, fp8
     )
     return indices
 

@@ -131,3 +131,13 @@ def test_caches_of_several_lengths_and_pages(T: int, device: str) -> None:
         x = (t.to(device) for t in (q, keys, w))
         got = launcher.lightning_topk(*x, 9, True, 0, None, 1, lengths.to(device), pages)
         assert torch.equal(got.cpu(), want)
+
+
+def test_eight_bits(device: str) -> None:
+    """Small integers are exact in e4m3, and powers of two as scales: equality is bitwise again."""
+    q, k, w = inputs(2, 20, 70, 2, 16)
+    scale = torch.randint(-3, 4, (2, 70), generator=torch.Generator().manual_seed(5)).float().exp2()
+    expects = expected((q, k * scale[..., None], w), 9, 0, False, 1)
+    eight = (x.to(device, torch.float8_e4m3fn) for x in (q, k))
+    got = launcher.lightning_topk(*eight, w.to(device), 9, False, 0, None, 1, key_scale=scale.to(device))
+    assert torch.equal(got.cpu(), expects)

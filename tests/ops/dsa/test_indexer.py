@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hybrid_flex.ops.dsa import lightning_scores, lightning_topk, paged_rows
 from hybrid_flex.ops.dsa.indexer import ScoreTiles, select_topk
+from hybrid_flex.ops.dsa.quantize import hadamard, quantize
 from hybrid_flex.ops.dsa.reference import reference_scores
 
 CASES = [
@@ -323,3 +324,34 @@ def test_errors_of_caches() -> None:
             paged_rows(indices, table, 4)
     with pytest.raises(ValueError, match="paged_rows: page_size must be at least 1, got 0"):
         paged_rows(table[None].expand(2, 2, 2), table, 0)
+
+
+def test_fp8() -> None:
+    generator = torch.Generator().manual_seed(4)
+    q_idx, k_idx, w = (torch.randn(s, generator=generator) for s in ((2, 20, 8, 64), (2, 300, 64), (2, 20, 8)))
+    q_idx[..., 3] *= 30  # an outlier, which eight bits without the rotation would give all their digits to
+    options = {"causal": False, "quantization": "fp8"}
+    got = lightning_topk(q_idx, k_idx, w, 50, **options)  # type: ignore[arg-type]
+    rounded = [(lambda x8, scale: x8.double() * scale[..., None].double())(*quantize(x)) for x in (q_idx, k_idx)]
+    scores = reference_scores(*rounded, w.double())
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, got.long(), True)
+    kept, left = scores.masked_fill(~chosen, 1e9).amin(-1), scores.masked_fill(chosen, -1e9).amax(-1)
+    assert (kept >= left - 1e-3).all()
+    assert torch.equal(got, lightning_topk(q_idx, k_idx, w, 50, backend="reference", **options))  # type: ignore[arg-type]
+    exact = lightning_topk(q_idx, k_idx, w, 50, causal=False)
+    common = (got[..., None] == exact[..., None, :]).any(-1).float().mean()
+    assert 0.9 < common < 1.0
+    with pytest.raises(
+        ValueError, match="lightning_topk: q_idx must have a width that is a power of two for fp8, got 24"
+    ):
+        lightning_topk(q_idx[..., :24], k_idx[..., :24], w, 5, quantization="fp8")
+    with pytest.raises(ValueError, match="lightning_topk: quantization must be one of"):
+        lightning_topk(q_idx, k_idx, w, 5, quantization="int8")
+
+
+def test_the_rotation_is_hadamards() -> None:
+    matrix = hadamard(torch.eye(16, dtype=torch.float64)) * 4
+    assert torch.equal(matrix.abs(), torch.ones(16, 16, dtype=torch.float64))
+    assert torch.equal(matrix @ matrix.T, 16 * torch.eye(16, dtype=torch.float64))
+    x8, scale = quantize(torch.zeros(3, 16))
+    assert torch.equal(x8.float(), torch.zeros(3, 16)) and (scale == scale.new_tensor(1e-4) / 448).all()

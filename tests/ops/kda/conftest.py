@@ -1,23 +1,12 @@
-"""Random arguments for the KDA operators, and the names of their kernels, shared by their tests."""
+"""Random arguments for the KDA operators, shared by their tests."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-
-
-@pytest.fixture
-def kernel_names() -> set[str]:
-    """Return the names of all Triton kernels of the package."""
-    names = set()
-    for path in (Path(__file__).resolve().parents[3] / "hybrid_flex" / "kernels").rglob("*.py"):
-        names |= set(re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text()))
-    return names
 
 
 @pytest.fixture

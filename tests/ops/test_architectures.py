@@ -26,16 +26,18 @@ def launches() -> list[Launch]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parent))
-        from every_kernel import chunked, others
+        from every_kernel import chunked, others, sparse
 
         from hybrid_flex.kernels import launch
 
-        for name in ("chunk", "training", "recurrent", "short_conv", "gated_norm"):
-            patch.setattr(importlib.import_module(f"hybrid_flex.ops.kda.{name}"), "has_kernels", lambda x: True)
+        kda = ("chunk", "training", "recurrent", "short_conv", "gated_norm")
+        dsa = ("indexer", "attention", "indexer_loss")
+        for name in (*(f"kda.{name}" for name in kda), *(f"dsa.{name}" for name in dsa)):
+            patch.setattr(importlib.import_module(f"hybrid_flex.ops.{name}"), "has_kernels", lambda x: True)
         chunk = importlib.import_module("hybrid_flex.kernels.kda.chunk")
         halves = lambda plan: chunk.cut(plan.chunks_per_sequence, 2 if plan.map is None else 1)  # noqa: E731
         patch.setattr(chunk, "_segments", halves)
-        every = launch.compilations(lambda: chunked("cpu")) + launch.compilations(lambda: others("cpu"))
+        every = [found for run in (chunked, others, sparse) for found in launch.compilations(lambda: run("cpu"))]  # noqa: B023
     for compilation in every:
         kernel, args, kwargs = compilation.func.__self__, compilation.args, dict(compilation.keywords)
         del kwargs["grid"]

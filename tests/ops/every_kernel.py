@@ -1,6 +1,6 @@
 """Launch every kernel once on small and ragged inputs and print the names, one a line: what a sanitizer watches.
 
-compute-sanitizer --tool memcheck python tests/ops/kda/every_kernel.py
+compute-sanitizer --tool memcheck python tests/ops/every_kernel.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_flex.ops import chunk_kda, fused_recurrent_kda, gated_rms_norm, kda_decode, short_conv
+from hybrid_flex.ops import (
+    chunk_kda,
+    fused_recurrent_kda,
+    gated_rms_norm,
+    indexer_kl_loss,
+    kda_decode,
+    lightning_topk,
+    short_conv,
+    sparse_attention,
+)
 
 INSIDE = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
@@ -73,6 +82,41 @@ def others(device: str) -> None:
     train(gated_rms_norm, {**x, "weight": torch.ones(40, device=device)})
 
 
+def sparse(device: str) -> None:
+    """Run the operators of sparse attention with each way that their kernels take."""
+    for T, S, HI, DI, dtype in ((70, 140, 2, 64, torch.bfloat16), (3, 140, 3, 24, torch.float32)):
+        q, k, w = (torch.randn(size, device=device, dtype=dtype) for size in ((1, T, HI, DI), (1, S, DI), (1, T, HI)))
+        lightning_topk(q, k, w, 16, query_start=S - T)
+        if DI == 64:
+            lightning_topk(q, k, w, 16, quantization="fp8")
+        lengths = torch.tensor([S // 4 * 4 - 5], device=device)
+        table = torch.arange(S // 4, device=device)[None]
+        lightning_topk(q, k[:, : S // 4 * 4].view(-1, 4, DI), w, 16, lengths=lengths, block_table=table)
+    bounds = torch.tensor([0, 40, 40, 70], device=device)
+    x = [torch.randn(size, device=device, dtype=torch.float16) for size in ((1, 70, 2, 64), (1, 70, 64), (1, 70, 2))]
+    lightning_topk(*x, 16, cu_seqlens=bounds)
+    q, k, w = (torch.randn(size, device=device) for size in ((1, 1, 1, 16), (1, 20000, 16), (1, 1, 1)))
+    lightning_topk(q, k, w, 2048, causal=False)  # two rounds
+
+    for H, Hkv, D, V, dtype in ((8, 2, 64, 64, torch.bfloat16), (20, 1, 576, 512, torch.bfloat16)):
+        q, k = (torch.randn(1, n, h, D, device=device, dtype=dtype, requires_grad=True) for n, h in ((3, H), (90, Hkv)))
+        indices = torch.rand(1, 3, 90, device=device).argsort(-1)[..., :70].sort(-1).values.int()
+        v = k[..., :V] if Hkv == 1 else torch.randn(1, 90, Hkv, V, device=device, dtype=dtype, requires_grad=True)
+        o, lse = sparse_attention(q, k, v, indices)
+        torch.autograd.grad(o.float().sum() + lse.sum(), [x for x in (q, k, v) if x.is_leaf])
+    q, k = (torch.randn(1, 5, 2, 40, device=device, requires_grad=True) for _ in range(2))
+    o, lse = sparse_attention(q, k, k.detach().clone(), torch.tensor([[[0, 3, -1]]], device=device).expand(1, 5, 3))
+    torch.autograd.grad(o.sum() + lse.sum(), (q, k))
+
+    for kpool in (1, 4):
+        x = [torch.randn(size, device=device) for size in ((1, 70, 2, 32), (1, 70 // kpool, 32), (1, 70, 2))]
+        x = [t.to(torch.bfloat16).requires_grad_() for t in x]
+        q, k = (torch.randn(1, 70, h, 64, device=device, dtype=torch.bfloat16) for h in (4, 2))
+        for indices in (None, lightning_topk(*x, 8, kpool=kpool)):
+            loss = indexer_kl_loss(*x, q, k, indices=indices, kpool=kpool)
+            torch.autograd.grad(loss, x)
+
+
 def main(device: str) -> None:
     """Run everything; on a CPU that only shows that the calls are right."""
     names: set[str] = set()
@@ -80,8 +124,8 @@ def main(device: str) -> None:
         from triton import knobs
 
         knobs.runtime.launch_enter_hook.add(lambda metadata: names.add(metadata.get()["name"]))
-    chunked(device)
-    others(device)
+    for run in (chunked, others, sparse):
+        run(device)
     if device == "cuda":
         torch.cuda.synchronize()
     print("\n".join(sorted(names)))
