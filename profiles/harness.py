@@ -10,6 +10,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -163,3 +164,39 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "capability": ".".join(map(str, (properties.major, properties.minor))),
         "cuda": torch.version.cuda,
     }
+
+
+def describe_error(error: Exception) -> str:
+    """Say what went wrong in one cell of a Markdown table."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}".replace("|", "/")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def total_memory(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def arguments_without_out() -> list[str]:
+    """Return the arguments that decide what is measured; where it is written tells nobody anything."""
+    arguments = sys.argv[1:]
+    return [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if before != "--out" and not argument.startswith("--out")
+    ]

@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
-import gc
 import importlib.metadata
 import json
 import os
@@ -52,10 +51,16 @@ from harness import (
     RESULTS,
     Clock,
     Plan,
+    arguments_without_out,
     describe_device,
+    describe_error,
+    free_memory,
+    progress,
     report_stem,
     spread,
+    synchronize,
     take_turns,
+    total_memory,
     versions,
     write_report,
 )
@@ -218,28 +223,6 @@ def time_together(
         found[contender] |= {**spread(times), "repeats": len(times), "calls_per_repeat": entrant.num_calls}
 
 
-def describe_error(error: Exception) -> str:
-    """Say what went wrong in one cell of a Markdown table."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}".replace("|", "/")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def total_memory(device: torch.device) -> float:
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def operator_of(contender: str, row: Row) -> Operator:
     """Find the operator that does the work of a row; raises ImportError where the peer is not installed."""
     if contender == OURS:
@@ -314,10 +297,6 @@ def add_row(report: dict[str, Any], entry: dict[str, Any]) -> None:
     report["rows"] = sorted([*others, entry], key=lambda row: order.get(row["name"], len(order)))
 
 
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def package_versions() -> dict[str, str]:
     """Name what the timings depend on besides torch; flash_kda and tilelang are what fla calls where it finds them."""
     found = {}
@@ -327,16 +306,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def arguments_without_out() -> list[str]:
-    """Return the arguments that decide what is measured; where it is written tells nobody anything."""
-    arguments = sys.argv[1:]
-    return [
-        argument
-        for before, argument in zip(["", *arguments], arguments, strict=False)
-        if before != "--out" and not argument.startswith("--out")
-    ]
 
 
 def chosen_rows(patterns: str) -> list[Row]:
