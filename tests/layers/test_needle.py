@@ -119,10 +119,11 @@ def test_a_dropped_tail_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return dsa(4).attend(x)[0][0, -1, E : 2 * E]
 
     assert (answer() - x[0, T - 2, E : 2 * E]).abs().max() < 0.05
-    dropped = (
-        lambda pools, kpool, query_start: expand_pools(pools, kpool, query_start=query_start)[  # noqa: E731
-            ..., : pools.shape[-1] * kpool
-        ].masked_fill(torch.arange(pools.shape[-1] * kpool) >= (pools >= 0).sum(-1, keepdim=True) * kpool, -1)
-    )
-    monkeypatch.setattr("hybrid_flex.layers.indexer.expand_pools", dropped)
+
+    def without_tail(pools: Tensor, kpool: int, *, query_start: int) -> Tensor:
+        width = pools.shape[-1] * kpool
+        used = (pools >= 0).sum(-1, keepdim=True) * kpool
+        return expand_pools(pools, kpool, query_start=query_start)[..., :width].where(torch.arange(width) < used, -1)
+
+    monkeypatch.setattr("hybrid_flex.layers.indexer.expand_pools", without_tail)
     assert (answer() - x[0, T - 2, E : 2 * E]).abs().max() > 0.5
