@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hybrid_flex.layers.cache import DSACache
 from hybrid_flex.layers.dsa import DeepSeekSparseAttention
 from hybrid_flex.layers.kda import KimiDeltaAttention
 from hybrid_flex.layers.mla import DeepSeekSparseMLA
 from hybrid_flex.layers.state import DSAState, KDAState
 
 SparseLayer = DeepSeekSparseAttention | DeepSeekSparseMLA
-HybridState = tuple[KDAState, DSAState | None]
+HybridState = tuple[KDAState, DSAState | DSACache | None]
 
 
 class _KDAWithDSA(nn.Module):
@@ -169,7 +170,7 @@ class ParallelHybrid(_KDAWithDSA):
         return torch.lerp(from_dsa, from_kda, self.gate_proj(h).sigmoid())
 
 
-def _cache(state: HybridState) -> DSAState:
+def _cache(state: HybridState) -> DSAState | DSACache:
     if state[1] is None:
         raise ValueError("step: state must hold a cache, got the state of packed sequences")
     return state[1]

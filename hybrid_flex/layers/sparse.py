@@ -105,7 +105,7 @@ class SparseLayer(nn.Module):
     def attend(
         self,
         x: Tensor,
-        state: DSAState | None = None,
+        state: DSAState | DSACache | None = None,
         cu_seqlens: Tensor | None = None,
         *,
         indices: Tensor | None = None,
@@ -152,8 +152,15 @@ class SparseLayer(nn.Module):
             )
         return y, DSAState(kv, index_keys.detach()) if cu_seqlens is None else None, indices, loss
 
-    def step(self, x_t: Tensor, state: DSAState, *, indices: Tensor | None = None) -> tuple[Tensor, DSAState]:
-        """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``; ``indices [B, 1, J]`` as in `forward`."""
+    def step(
+        self, x_t: Tensor, state: DSAState | DSACache, *, indices: Tensor | None = None
+    ) -> tuple[Tensor, DSAState | DSACache]:
+        """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``; ``indices [B, 1, J]`` as in `forward`.
+
+        A `DSACache` is written into, as by `decode`, and is itself the new state.
+        """
+        if isinstance(state, DSACache):
+            return self.decode(x_t.unsqueeze(1), state, indices=indices).squeeze(1), state
         y, grown, _, _ = self.attend(x_t.unsqueeze(1), state, indices=indices)
         assert grown is not None
         return y.squeeze(1), grown
@@ -205,13 +212,33 @@ class SparseLayer(nn.Module):
         Raises:
             ValueError: the state is not of this layer, or of more sequences than one.
         """
-        name = type(self).__name__
-        self._check_state(name, state, 1)
-        keys, tail = state.index_keys, state.index_keys[:, :0, :0]
-        if self.indexer is not None and self.indexer.kpool > 1:
-            tail = keys[:, keys.shape[1] // self.indexer.kpool * self.indexer.kpool :]
-            keys = self.indexer.scored_keys(keys)
-        cache.fill(entry, state.kv, keys, tail)
+        self._check_state(type(self).__name__, state, 1)
+        cache.fill(entry, state.kv, *self._index_rows(state))
+
+    @torch.no_grad()
+    def reserve(self, state: DSAState, max_length: int) -> DSACache:
+        """Copy a state that grows into a cache in one piece, with room for ``max_length`` tokens of every sequence.
+
+        Raises:
+            ValueError: the state is not of this layer, or holds more tokens than that.
+        """
+        name, (batch_size, length) = type(self).__name__, state.kv.shape[:2]
+        self._check_state(name, state, batch_size)
+        check(max_length >= length, name, "max_length", f"be at least {length}, the tokens held", max_length)
+        cache = self.init_cache(batch_size, max(max_length, 1), device=state.kv.device, dtype=state.kv.dtype)
+        index_keys, tail = self._index_rows(state)
+        cache.kv[:, :length] = state.kv
+        cache.index_keys[:, : index_keys.shape[1]] = index_keys
+        cache.index_tail[:, : tail.shape[1]] = tail
+        cache.lengths.fill_(length)
+        return cache
+
+    def _index_rows(self, state: DSAState) -> tuple[Tensor, Tensor]:
+        """Return a state's index keys as they are scored, and the rows of its incomplete pool."""
+        if self.indexer is None or self.indexer.kpool == 1:
+            return state.index_keys, state.index_keys[:, :0, :0]
+        complete = state.index_keys.shape[1] // self.indexer.kpool * self.indexer.kpool
+        return self.indexer.scored_keys(state.index_keys), state.index_keys[:, complete:]
 
     def decode(self, x: Tensor, cache: DSACache, *, indices: Tensor | None = None) -> Tensor:
         """Mix the next tokens of every sequence and append them to its cache, in place.
@@ -268,17 +295,21 @@ class SparseLayer(nn.Module):
             torch.zeros(batch_size, 0, index_width, device=device, dtype=dtype),
         )
 
-    def _check_inputs(self, x: Tensor, state: DSAState | None, cu_seqlens: Tensor | None, stage: str | None) -> None:
+    def _check_inputs(
+        self, x: Tensor, state: DSAState | DSACache | None, cu_seqlens: Tensor | None, stage: str | None
+    ) -> None:
         name = type(self).__name__
         check_shape(name, "x", x, (None, None, self.hidden_size), "[B, T, D]")
         check_choice(name, "stage", stage, (None, *STAGES))
         if state is not None:
+            wanted = "a state that grows, which `decode` does not need"
+            check(isinstance(state, DSAState), name, "state", f"be {wanted}", type(state).__name__)
             self._check_state(name, state, x.shape[0])
         if cu_seqlens is not None:
             check_cu_seqlens(name, cu_seqlens, x.shape[0], x.shape[1])
             check(state is None, name, "state", "be None with cu_seqlens (packed sequences have no cache)", "a state")
 
-    def _check_state(self, name: str, state: DSAState, batch_size: int) -> None:
+    def _check_state(self, name: str, state: DSAState | DSACache, batch_size: int) -> None:
         check_state(name, "state.kv", state.kv, (None, None, *self.cache_shape), batch_size)
         index_width = 0 if self.indexer is None else self.indexer.cache_width
         check_state(name, "state.index_keys", state.index_keys, (None, None, index_width), batch_size)

@@ -14,6 +14,7 @@ from hybrid_flex.layers import (
     CausalAttention,
     DeepSeekSparseAttention,
     DeepSeekSparseMLA,
+    DSACache,
     DSAState,
     KDAState,
     KimiDeltaAttention,
@@ -22,7 +23,7 @@ from hybrid_flex.layers import (
 )
 from hybrid_flex.models.config import LETTERS, HybridConfig
 
-LayerState = KDAState | DSAState | KVState
+LayerState = KDAState | DSAState | DSACache | KVState
 Mixer = KimiDeltaAttention | DeepSeekSparseAttention | DeepSeekSparseMLA | CausalAttention
 
 
@@ -166,11 +167,18 @@ class HybridBlock(nn.Module):
     def step(
         self, x_t: Tensor, state: LayerState, indices: Tensor | None = None
     ) -> tuple[Tensor, LayerState, Tensor | None]:
-        """Transform one token per sequence, ``[B, D] -> [B, D]``; passes the selection on like `run`."""
+        """Transform one token per sequence, ``[B, D] -> [B, D]``; passes the selection on like `run`.
+
+        A `DSACache` in the place of a state is written into, and is itself the new state.
+        """
         h = self.mixer_norm(x_t)
         if self.letter in "SR":
             reused = indices if self.mixer.indexer is None else None
-            mixed, new_state, indices, _ = self.mixer.attend(h.unsqueeze(1), state, indices=reused)
+            if isinstance(state, DSACache):
+                mixed, indices = self.mixer.decode_and_select(h.unsqueeze(1), state, indices=reused)
+                new_state: LayerState = state
+            else:
+                mixed, new_state, indices, _ = self.mixer.attend(h.unsqueeze(1), state, indices=reused)
             mixed = mixed.squeeze(1)
         else:
             mixed, new_state = self.mixer.step(h, state)
@@ -268,6 +276,20 @@ class LayerWiseHybrid(nn.Module):
     ) -> tuple[LayerState, ...]:
         """Make the states of ``batch_size`` sequences without a past."""
         return tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
+
+    def reserve(self, state: Sequence[LayerState], max_length: int) -> tuple[LayerState, ...]:
+        """Turn the growing caches of sparse blocks into caches of fixed size, for `step`; the other states stay.
+
+        Args:
+            state: one state per block, as `forward` returned them.
+            max_length: tokens that every sequence may reach.
+
+        Raises:
+            ValueError: a state holds more tokens than that.
+        """
+        self._check_state(state)
+        pairs = zip(self.blocks, state, strict=True)
+        return tuple(block.mixer.reserve(s, max_length) if isinstance(s, DSAState) else s for block, s in pairs)
 
     def _check_state(self, state: Sequence[LayerState] | None) -> None:
         if state is not None:

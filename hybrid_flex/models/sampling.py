@@ -16,6 +16,8 @@ class _StepwiseModel(Protocol):
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Any]: ...
 
+    def reserve(self, states: Sequence[Any], max_length: int) -> Any: ...
+
     def step(self, ids_t: Tensor, states: Sequence[Any]) -> tuple[Tensor, Any]: ...
 
 
@@ -78,7 +80,7 @@ def _tokens(model: _StepwiseModel, ids: Tensor, max_new_tokens: int, options: Sa
         with torch.no_grad():
             if i == 0:
                 whole, states = model(ids)
-                logits = whole[:, -1]
+                logits, states = whole[:, -1], model.reserve(states, ids.shape[1] + max_new_tokens)
             else:
                 logits, states = model.step(token, states)
             if greedy:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from hybrid_flex.layers import DSACache
 from hybrid_flex.models import HybridBlock, HybridConfig, HybridLanguageModel, LayerWiseHybrid
 
 SMALL = HybridConfig(
@@ -65,6 +66,29 @@ def test_split_and_steps_equal_the_whole(name: str) -> None:
     for t in range(12):
         logits, states = model.step(ids[:, t], states)
         torch.testing.assert_close(logits, whole[:, t], **CLOSE)
+
+
+@torch.no_grad()
+@every_config
+def test_steps_into_reserved_caches_equal_the_whole(name: str) -> None:
+    model, ids = build(name), tokens(2, 40)
+    whole, _ = model(ids)
+    states = model.reserve(model(ids[:, :25])[1], 40)
+    places = [state.kv.data_ptr() for state in states if isinstance(state, DSACache)]
+    assert len(places) == sum(letter in "SR" for letter in model.config.letters)
+    for t in range(25, 40):
+        logits, states = model.step(ids[:, t], states)
+        torch.testing.assert_close(logits, whole[:, t], **CLOSE)
+    assert places == [state.kv.data_ptr() for state in states if isinstance(state, DSACache)]
+
+
+def test_reserving_too_little_is_refused() -> None:
+    model = build()
+    states = model(tokens(2, 9))[1]
+    with pytest.raises(ValueError, match="max_length must be at least 9, the tokens held, got 8"):
+        model.reserve(states, 8)
+    with pytest.raises(ValueError, match=r"state must be a state that grows.*, got DSACache"):
+        model(tokens(2, 1), model.reserve(states, 20))
 
 
 @torch.no_grad()

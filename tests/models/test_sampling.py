@@ -66,6 +66,9 @@ class Script:
     def __call__(self, ids: Tensor) -> tuple[Tensor, Any]:
         return torch.nn.functional.one_hot(self.rows[:, :1].expand(-1, ids.shape[1]), 10).float(), ()
 
+    def reserve(self, states: Sequence[Any], max_length: int) -> Any:
+        return states
+
     def step(self, ids_t: Tensor, states: Sequence[Any]) -> tuple[Tensor, Any]:
         self.steps += 1
         return torch.nn.functional.one_hot(self.rows[:, self.steps], 10).float(), states
