@@ -8,8 +8,8 @@ and backward, with delta_t = do_t . o_t - dlse_t:
     ds_tj = p_tj (do_t . v_{i_tj} - delta_t)        dq_t = scale sum_j ds_tj k_{i_tj}
     dk_s  = scale sum_{t, j: i_tj = s} ds_tj q_t    dv_s = sum_{t, j: i_tj = s} p_tj do_t
 
-The gather form walks over blocks of queries, fetches the selected rows of k and v, and forgets them: its workspace does
-not grow with T or S.
+The gather form fetches the selected rows of k and v and forgets them: its workspace does not grow with T or S.  On CUDA
+it is Triton kernels (kernels/dsa/gather.py); on a CPU and in float64 it walks over blocks of queries.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
-from hybrid_flex.ops.dispatch import in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.indexer import accumulate_dtype
 from hybrid_flex.ops.dsa.reference import reference_attention
 
@@ -164,7 +164,7 @@ def _gather_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: flo
 
 
 @_gather_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[-1])
     return o, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
 
@@ -226,7 +226,7 @@ def _scatter_rows(grad: Tensor, slots: Tensor, left: Tensor, right: Tensor) -> N
 
 
 @_backward.register_fake
-def _(
+def _fake_backward(
     do: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -258,6 +258,72 @@ def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]
 _gather_forward.register_autograd(backward, setup_context=setup_context)
 
 
+def _check_kernels(op: str, q: Tensor) -> None:
+    if not has_kernels(q):
+        raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
+
+
+@torch.library.triton_op("hybrid_flex::sparse_attention_cuda", mutates_args=())
+@in_its_own_precision
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from hybrid_flex.kernels.dsa.gather import launch_gather
+
+    _check_kernels("sparse_attention_cuda", q)
+    o, lse = _fake_forward(q, k, v, indices, scale)
+    launch_gather(q, k, v, indices, scale, o=o, lse=lse)
+    return o, lse
+
+
+# Not a triton_op: how many launches there are depends on the number of tokens, which a graph of any T leaves open.
+@torch.library.custom_op("hybrid_flex::sparse_attention_cuda_backward", mutates_args=())
+@in_its_own_precision
+def _cuda_backward(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
+
+    _check_kernels("sparse_attention_cuda_backward", q)
+    arguments = (do, dlse, q, k, v, indices, o, lse, scale)
+    if torch.are_deterministic_algorithms_enabled():
+        # The kernels add to rows in whatever order they come; the sums of the plain form keep theirs.
+        return torch.ops.hybrid_flex.sparse_attention_backward(*arguments)
+    dq = q.new_empty(q.shape)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    launch_gather_backward(*arguments, dq=dq, dk=dk, dv=dv)
+    # In float32 these are the sums themselves, which nobody else holds.
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_cuda_forward.register_fake(_fake_forward)
+_cuda_backward.register_fake(_fake_backward)
+
+
+def _cuda_autograd(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
+    return *torch.ops.hybrid_flex.sparse_attention_cuda_backward(*arguments), None, None
+
+
+torch.library.register_autograd("hybrid_flex::sparse_attention_cuda", _cuda_autograd, setup_context=setup_context)
+
+
+def _in_kernels(q: Tensor, v: Tensor) -> bool:
+    """Tell whether the kernels serve these tensors."""
+    if not has_kernels(q):
+        return False
+    from hybrid_flex.kernels.dsa.gather import is_served
+
+    return is_served(int(q.shape[-1]), int(v.shape[-1]))
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -277,11 +343,12 @@ def sparse_attention(
         k: ``[B, S, Hkv, D]``, q's dtype, any strides; query head h reads key head ``h // (H // Hkv)``.
         v: ``[B, S, Hkv, Dv]``, q's dtype, any strides; a view of k's first columns (MLA) is fetched only once.
         indices: int32 or int64 ``[B, T, J]``: positions in [0, S), each at most once in a row, -1 in unused slots at
-            the END; of more than S columns only the first S are read.
+            the END (unused slots between used ones cost time on CUDA); of more than S columns the first S are read.
         scale: factor of the logits; default ``D ** -0.5``.
-        backend: ``"gather"`` (streams over blocks of queries; workspace independent of T; exact and differentiable),
-            ``"flex"`` (FlexAttention over a BlockMask; not float64), ``"reference"`` (dense, for tests), or ``"auto"``,
-            which is ``"gather"``.
+        backend: ``"gather"`` (exact and differentiable, workspace independent of T; on CUDA Triton kernels, in every
+            dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"flex"``
+            (FlexAttention over a BlockMask; not float64), ``"reference"`` (dense, for tests), or ``"auto"``, which is
+            ``"gather"``.
 
     Returns:
         ``o [B, T, H, Dv]`` in q's dtype, and ``lse [B, T, H]``, natural logarithm, float32 (float64 for float64
@@ -291,7 +358,9 @@ def sparse_attention(
         ValueError: shapes or devices that do not fit, H not a multiple of Hkv, unknown backend.
         TypeError: dtypes that do not fit.
 
-    Device: any; sums run in float32 (float64 for float64 inputs).
+    Device: any; sums run in float32 (float64 for float64 inputs).  On CUDA the gradients of k and v are added up by
+    atomics, in an order that changes from run to run; with ``torch.use_deterministic_algorithms(True)`` the backward
+    takes the slower form whose bits repeat.
     Source: DeepSeek-V3.2 report, equation 2.
 
     Example:
@@ -315,6 +384,8 @@ def sparse_attention(
     if backend == "flex":
         check_dtype(op, "q", q, (torch.bfloat16, torch.float16, torch.float32))
         return torch.ops.hybrid_flex.sparse_attention_flex(q, k, v, indices, scale)
+    if _in_kernels(q, v):
+        return torch.ops.hybrid_flex.sparse_attention_cuda(q, k, v, indices, scale)
     return torch.ops.hybrid_flex.sparse_attention_gather(q, k, v, indices, scale)
 
 

@@ -1,0 +1,329 @@
+"""Attention over selected rows, forward: every program gathers what one token has selected.
+
+With l = log2(e) scale, and the slots of a token taken in tiles::
+
+    s_j  = l q . k_{i_j}                -inf in unused slots
+    m'   = max(m, max_j s_j)            p_j = 2^(s_j - m')             a = 2^(m - m')
+    L    = a L + sum_j p_j              O   = a O + sum_j p_j v_{i_j}
+    o    = O / L                        lse = log L + m log 2
+
+The heads that share a key head are the rows of every product, so that a tile of gathered rows serves all of them.
+
+# NOTE [Pieces]
+Rows are worked on in pieces of columns whose widths are powers of two: one or two equal ones, and for widths such as
+576 = 256 + 256 + 64 a smaller rest (to pad it to 1024 would nearly double the work).  A piece of 256 columns is loaded
+by a warp a row, 8 rows a thread, and the next piece lies at a constant distance from it; a piece of 512 columns would
+be 16 rows a thread, and their addresses push the sums out of the registers.
+
+# NOTE [Shared rows]
+With latent attention v is the first columns of k.  A row is then loaded once, and its pieces are multiplied as keys and
+as values where they lie.
+
+# NOTE [Slots ahead]
+The slots of the next tile are loaded one tile ahead and carried: the addresses of the rows would otherwise wait for
+them in every step.  The mask needs other slots in each thread, 16 registers if they were carried as well; it goes by
+the number of slots in use, and loads the slots of those tokens only that have unused ones between used ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+
+# NOTE [Narrow products]
+# Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared memory on an H100, so that
+# products are at least 64 columns wide where they have 64 rows; values are padded to 64 columns for it.
+NARROWEST = 64
+WIDEST_PIECE = 256
+MOST_HEADS = 64
+HOPPER_BYTES = 232448
+"""Shared memory that a block of compute capability 9.0 may use; stands for devices without kernels, such as a CPU."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Below every logit in base 2, and finite: a difference of two of them is 0, not NaN.
+LOWEST = tl.constexpr(-3.0e38)
+COUNTED = tl.constexpr(512)
+
+
+@triton.jit
+def look_through(p_slots, J):
+    """Return one more than the last slot in use (0 without any), whether unused ones lie before it, and its row.
+
+    What lies behind the last slot in use is never looked at.
+    """
+    b_last = tl.zeros([COUNTED], tl.int32)
+    b_used = tl.zeros([COUNTED], tl.int32)
+    for j in range(0, J, COUNTED):
+        i_slot = j + tl.arange(0, COUNTED)
+        m_used = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1) >= 0
+        b_last = tl.maximum(b_last, tl.where(m_used, i_slot + 1, 0))
+        b_used += tl.where(m_used, 1, 0)
+    number = tl.max(b_last, 0)
+    last_row = tl.load(p_slots + number - 1, mask=number > 0, other=0)
+    return number, tl.sum(b_used, 0) < number, last_row
+
+
+@triton.jit
+def load_slots(p_slots, j, number, BN: tl.constexpr):
+    """Load the slots of a tile, -1 behind the last one in use."""
+    i_slot = j + tl.arange(0, BN)
+    return tl.load(p_slots + i_slot, mask=i_slot < number, other=-1)
+
+
+@triton.jit
+def row_pointers(p_x, b_slot, last_row, stride):
+    """Return pointers ``[BN, 1]`` to the selected rows.
+
+    An unused slot stands for the last selected row: a row that nobody selects may hold NaN, which a weight of zero
+    would not silence.
+    """
+    return p_x + (tl.where(b_slot >= 0, b_slot, last_row).to(tl.int64) * stride)[:, None]
+
+
+@triton.jit
+def used_slots(p_slots, j, number, has_gaps, BN: tl.constexpr):
+    """Return which slots of a tile are in use; only a token with gaps reads them again."""
+    m_slot = j + tl.arange(0, BN) < number
+    if has_gaps:
+        m_slot = load_slots(p_slots, j, number, BN) >= 0
+    return m_slot
+
+
+@triton.jit
+def load_piece(p_rows, m_rows, FIRST: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Load columns from ``FIRST`` on of rows ``[N, 1]`` of ``WIDTH``; zeros outside, and where ``m_rows`` is false."""
+    i_column = FIRST + tl.arange(0, PIECE)[None, :]
+    if FIRST + PIECE <= WIDTH:
+        if MASKED:
+            b_x = tl.load(p_rows + i_column, mask=m_rows, other=0.0)
+        else:
+            b_x = tl.load(p_rows + i_column)
+    else:
+        if MASKED:
+            b_x = tl.load(p_rows + i_column, mask=m_rows & (i_column < WIDTH), other=0.0)
+        else:
+            b_x = tl.load(p_rows + i_column, mask=i_column < WIDTH, other=0.0)
+    return b_x
+
+
+@triton.jit
+def store_piece(p_rows, b_x, m_rows, FIRST: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+    i_column = FIRST + tl.arange(0, PIECE)[None, :]
+    tl.store(p_rows + i_column, b_x.to(p_rows.dtype.element_ty), mask=m_rows & (i_column < WIDTH))
+
+
+@triton.jit
+def place(i_program, T, H: tl.constexpr, HKV: tl.constexpr, BH: tl.constexpr):
+    """Return token (of all of them), batch entry and key head of a program, and its heads ``[BH, 1]`` with their mask.
+
+    Tiles of the heads of one token run side by side: they gather the same rows.
+    """
+    G: tl.constexpr = H // HKV
+    TILES: tl.constexpr = (G + BH - 1) // BH
+    i_kv = ((i_program // TILES) % HKV).to(tl.int64)
+    i_token = (i_program // (TILES * HKV)).to(tl.int64)
+    i_group = (i_program % TILES) * BH + tl.arange(0, BH)[:, None]
+    return i_token, i_token // T, i_kv, i_token * H + i_kv * G + i_group, i_group < G
+
+
+@triton.jit(do_not_specialize=["T", "J"])
+def gather_kernel(
+    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, T, J, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute o and lse of one token for a tile of heads that share a key head."""
+    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), T, H, HKV, BH)
+    MASKED: tl.constexpr = (H // HKV) % BH != 0
+    p_slots += i_token * J
+    p_k += i_batch * k_batch + i_kv * k_head
+    p_v += i_batch * v_batch + i_kv * v_head
+    number, has_gaps, last_row = look_through(p_slots, J)
+    # Inductor passes numbers as float64.
+    factor = tl.cast(scale, tl.float32) * LOG2_E
+
+    p_rows = p_q + i_row * D
+    b_q0 = load_piece(p_rows, m_head, 0, PIECE, D, MASKED)
+    if PIECES > 1:
+        b_q1 = load_piece(p_rows, m_head, PIECE, PIECE, D, MASKED)
+    if REST > 0:
+        b_q2 = load_piece(p_rows, m_head, PIECES * PIECE, REST, D, MASKED)
+
+    b_m = tl.full([BH], LOWEST, tl.float32)
+    b_L = tl.zeros([BH], tl.float32)
+    b_o0 = tl.zeros([BH, VPIECE], tl.float32)
+    if VPIECES > 1:
+        b_o1 = tl.zeros([BH, VPIECE], tl.float32)
+    b_next = load_slots(p_slots, 0, number, BN)
+    for j in tl.range(0, number, BN, num_stages=STAGES):
+        b_slot = b_next  # NOTE [Slots ahead]
+        b_next = load_slots(p_slots, j + BN, number, BN)
+        p_keys = row_pointers(p_k, b_slot, last_row, k_row)
+        b_k0 = load_piece(p_keys, None, 0, PIECE, D, False)
+        b_s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)
+        if PIECES > 1:
+            b_k1 = load_piece(p_keys, None, PIECE, PIECE, D, False)
+            b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
+        if REST > 0:
+            b_k2 = load_piece(p_keys, None, PIECES * PIECE, REST, D, False)
+            b_s = tl.dot(b_q2, tl.trans(b_k2), b_s, input_precision=PRECISION)
+
+        b_s = tl.where(used_slots(p_slots, j, number, has_gaps, BN)[None, :], b_s * factor, float("-inf"))
+        b_largest = tl.maximum(b_m, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_largest[:, None])
+        b_a = tl.exp2(b_m - b_largest)
+        b_L = b_L * b_a + tl.sum(b_p, 1)
+        b_m = b_largest
+
+        b_p = b_p.to(p_v.dtype.element_ty)
+        if SHARED:
+            b_v0 = b_k0  # NOTE [Shared rows]
+        else:
+            p_values = row_pointers(p_v, b_slot, last_row, v_row)
+            b_v0 = load_piece(p_values, None, 0, VPIECE, V, False)
+        b_o0 = tl.dot(b_p, b_v0, b_o0 * b_a[:, None], input_precision=PRECISION)
+        if VPIECES > 1:
+            if SHARED:
+                b_v1 = b_k1
+            else:
+                b_v1 = load_piece(p_values, None, VPIECE, VPIECE, V, False)
+            b_o1 = tl.dot(b_p, b_v1, b_o1 * b_a[:, None], input_precision=PRECISION)
+
+    # With any key the sum is at least 1, the weight of the largest logit.
+    b_total = tl.maximum(b_L, 1.0)
+    b_r = (1.0 / b_total)[:, None]
+    # Where the results go is computed anew: kept through the loop, the addresses would take registers from the sums.
+    # The number is not negative, which the compiler does not know.
+    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.minimum(number, 0), T, H, HKV, BH)
+    p_rows = p_o + i_row * V
+    store_piece(p_rows, b_o0 * b_r, m_head, 0, VPIECE, V)
+    if VPIECES > 1:
+        store_piece(p_rows, b_o1 * b_r, m_head, VPIECE, VPIECE, V)
+    b_lse = tl.where(b_L > 0.0, b_m * LN_2 + tl.log(b_total), float("-inf"))
+    tl.store(p_lse + i_row, b_lse[:, None], mask=m_head)
+
+
+class Widths(NamedTuple):
+    """How the columns of keys and values are cut: NOTE [Pieces]; the names are the kernels'."""
+
+    D: int
+    V: int
+    PIECE: int
+    PIECES: int
+    REST: int
+    VPIECE: int
+    VPIECES: int
+    SHARED: bool
+
+    @property
+    def key_columns(self) -> int:
+        """Count the columns of a loaded row of keys, padding included."""
+        return self.PIECE * self.PIECES + self.REST
+
+    @property
+    def loaded_columns(self) -> int:
+        """Count the columns of a loaded row of keys and values."""
+        return self.key_columns + (0 if self.SHARED else self.VPIECE * self.VPIECES)
+
+
+def widths(D: int, V: int, shared: bool) -> Widths:
+    """Cut D and V columns into pieces; ``shared`` says that the values are the first columns of the keys."""
+    main = 1 << (D.bit_length() - 1)
+    rest = max(16, next_power_of_2(D - main)) if main < D else 0
+    if rest >= main or main < 16:
+        main, rest = max(16, next_power_of_2(D)), 0
+    shared = shared and main == V >= NARROWEST
+    piece, value_piece = (min(n, WIDEST_PIECE) for n in (main, max(NARROWEST, next_power_of_2(V))))
+    return Widths(D, V, piece, main // piece, rest, value_piece, -(-V // value_piece), shared)
+
+
+def is_served(D: int, V: int) -> bool:
+    """Tell whether the kernels take these widths: two pieces each, and a rest of the keys."""
+    return 0 < D <= 3 * WIDEST_PIECE and 0 < V <= 2 * WIDEST_PIECE
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Return how much shared memory one block may use, and the major number of the compute capability."""
+    if device.type != "cuda":
+        return HOPPER_BYTES, 9
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin), int(properties.major)
+
+
+def tile_sizes(group: int, width: Widths, element_size: int, limits: tuple[int, int]) -> dict[str, int]:
+    """Choose tiles that fit the shared memory: queries stay in it, rows of keys and values go through."""
+    limit, major = limits
+    most = min(MOST_HEADS, max(16, next_power_of_2(group)))
+    if element_size == 4:
+        # Three passes of every product: registers, not bytes, are short.
+        most = 16
+    elif major == 10 and width.VPIECES > 1:
+        # Tiles of 64 heads keep their sums in tensor memory, which is too small for 512 columns beside the logits.
+        most = min(most, 32)
+    choices = [(most, 64, 2), (most, 64, 1), (32, 64, 2), (32, 32, 1), (16, 64, 2), (16, 32, 2), (16, 32, 1)]
+    fitting = [
+        (BH, BN, stages)
+        for BH, BN, stages in (choices if element_size < 4 else choices[-1:])
+        if most >= BH and tile_bytes(BH, BN, stages, width, element_size) <= limit
+    ]
+    BH, BN, stages = fitting[0] if fitting else (16, 16, 1)
+    return {"BH": BH, "BN": BN, "STAGES": stages, "num_warps": 4 if BH * width.VPIECE * width.VPIECES <= 8192 else 8}
+
+
+def tile_bytes(BH: int, BN: int, stages: int, width: Widths, element_size: int) -> int:
+    """Bound the shared memory of the forward, as read off compiled kernels: one stage also passes sums through it."""
+    tiles = BH * width.key_columns + stages * BN * width.loaded_columns
+    return tiles * element_size + (4 * BH * width.VPIECE if stages == 1 and BH < 64 else 0) + 1024
+
+
+def lies_within(k: Tensor, v: Tensor) -> bool:
+    """Tell whether v is a view of k's first columns, so that a row is gathered once: NOTE [Shared rows].
+
+    While a graph is traced the storages are the traced ones, which views share as well.
+    """
+    if v.shape[-1] > k.shape[-1] or k.untyped_storage()._cdata != v.untyped_storage()._cdata:
+        return False
+    return bool(k.storage_offset() == v.storage_offset()) and k.stride() == v.stride()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return x with the elements of a row side by side, a copy if need be."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Any], Widths]:
+    """Return the constants that every kernel takes, and the pieces of the columns."""
+    H, HKV, D, V = (int(n) for n in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
+    width = widths(D, V, lies_within(k, v))
+    # float32 operands keep their digits; the others are exact in one pass.
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    return {"H": H, "HKV": HKV, **width._asdict(), "PRECISION": precision}, width
+
+
+@on_its_device
+def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, *, o: Tensor, lse: Tensor) -> None:
+    """Write the attention over the selected rows to ``o`` and its log-sum-exps to ``lse``.
+
+    Args:
+        q, k, v, indices, scale: arguments of `sparse_attention`, which has checked them.
+        o: output, ``[B, T, H, Dv]``, contiguous, in q's dtype.
+        lse: output, ``[B, T, H]``, contiguous, float32.
+    """
+    constants, width = sizes_of(q, k, v)
+    k = dense_rows(k)
+    v = k if width.SHARED else dense_rows(v)
+    B, T, J = q.shape[0], q.shape[1], indices.shape[2]
+    H, HKV = constants["H"], constants["HKV"]
+    tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
+    grid = (B * T * HKV * -(-(H // HKV) // tiles["BH"]),)
+    launchable(gather_kernel)[grid](
+        q.contiguous(), k, v, indices.contiguous(), o, lse, float(scale), T, J, *k.stride()[:3], *v.stride()[:3],
+        **constants, **tiles, num_stages=tiles["STAGES"],
+    )  # fmt: skip
