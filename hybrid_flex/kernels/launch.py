@@ -50,6 +50,21 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+HOPPER_BYTES = 232448
+"""Shared memory that a block of compute capability 9.0 may use."""
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """Return how much shared memory one block may use, and the major number of the compute capability.
+
+    A CPU, where kernels are interpreted or compiled only, stands for compute capability 9.0.
+    """
+    if device.type != "cuda":
+        return HOPPER_BYTES, 9
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin), int(properties.major)
+
+
 def compilations(call: Callable[[], object]) -> list[Compilation]:
     """Return what compiles the kernels that ``call`` launches; nothing is launched, so what it computes is garbage."""
     found: list[Compilation] = []

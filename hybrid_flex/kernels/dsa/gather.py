@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device
 
 # NOTE [Narrow products]
 # Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared memory on an H100, so that
@@ -42,8 +42,6 @@ from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_devic
 NARROWEST = 64
 WIDEST_PIECE = 256
 MOST_HEADS = 64
-HOPPER_BYTES = 232448
-"""Shared memory that a block of compute capability 9.0 may use; stands for devices without kernels, such as a CPU."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Below every logit in base 2, and finite: a difference of two of them is 0, not NaN.
@@ -247,14 +245,6 @@ def widths(D: int, V: int, shared: bool) -> Widths:
 def is_served(D: int, V: int) -> bool:
     """Tell whether the kernels take these widths: two pieces each, and a rest of the keys."""
     return 0 < D <= 3 * WIDEST_PIECE and 0 < V <= 2 * WIDEST_PIECE
-
-
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """Return how much shared memory one block may use, and the major number of the compute capability."""
-    if device.type != "cuda":
-        return HOPPER_BYTES, 9
-    properties = torch.cuda.get_device_properties(device)
-    return int(properties.shared_memory_per_block_optin), int(properties.major)
 
 
 def tile_sizes(group: int, width: Widths, element_size: int, limits: tuple[int, int]) -> dict[str, int]:

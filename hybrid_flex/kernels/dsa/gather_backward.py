@@ -33,15 +33,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import HOPPER_BYTES, device_limits, launchable, next_power_of_2, on_its_device
 
 from .gather import (
-    HOPPER_BYTES,
     LOG2_E,
     NARROWEST,
     Widths,
     dense_rows,
-    device_limits,
     load_piece,
     load_slots,
     look_through,

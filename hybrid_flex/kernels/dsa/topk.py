@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device
 
 from .scores import few_scores_kernel, scores_kernel
 from .select import select_kernel
@@ -130,9 +130,7 @@ def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
 
     Two blocks fit a multiprocessor of compute capability 9.0 with 128 keys of 256 bytes and three heads on their way.
     """
-    if device.type != "cuda":
-        return 128, 1
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 4096
+    limit = device_limits(device)[0] - 4096
     sizes = ((128, 3), (128, 2), (64, 2), (64, 1), (32, 1))
     fits = (x for x in sizes if row_bytes * (x[0] + x[1] * QUERY_TILE) <= limit)
     return next(fits, sizes[-1])

@@ -5,7 +5,8 @@
     dL / dI_ts = (softmax(I_t)_s - p_ts) / (B T)
 
 The gradient is taken in logit space: forms such as ``target / (prediction + eps)`` lose it where the prediction is
-small.  Both passes walk over blocks of queries; the backward recomputes the tiles from the saved log-sum-exps.
+small.  Both passes walk over blocks of queries; the backward recomputes the tiles from the saved log-sum-exps.  On CUDA
+Triton kernels do this (kernels/dsa/loss.py); float64 there, and every dtype on CPU, take the form written here.
 Source: DeepSeek-V3.2 report, section 2.1.
 """
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import INTEGER, check, check_device, check_dtype, check_shape
-from hybrid_flex.ops.dispatch import in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.attention import check_attention
 from hybrid_flex.ops.dsa.indexer import (
     accumulate_dtype,
@@ -138,6 +139,10 @@ def _ranges(
     return *tokens, *classes
 
 
+def _compares_nothing(q: Tensor, k_idx: Tensor, indices: Tensor | None) -> bool:
+    return 0 in (*q.shape[:2], k_idx.shape[1]) or (indices is not None and indices.shape[2] == 0)
+
+
 @torch.library.custom_op("hybrid_flex::indexer_kl_loss", mutates_args=())
 @in_its_own_precision
 def _forward(
@@ -158,9 +163,14 @@ def _forward(
     loss = q.new_zeros((), dtype=dtype)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=dtype)
     lse_idx = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
-    if batch_size * num_queries * k_idx.shape[1] == 0:
+    if _compares_nothing(q, k_idx, indices):
         return loss, lse, lse_idx
     ranges = _ranges(q, k, k_idx, causal, query_start, cu_seqlens, kpool)
+    if has_kernels(q) and has_kernels(q_idx):
+        from hybrid_flex.kernels.dsa.loss import loss_forward
+
+        # Its log-sum-exps include the log of p's normaliser, which divides out where the form below reads them.
+        return loss_forward(q_idx, k_idx, w, q, k, indices, ranges, scale, query_start, kpool)
     for b in range(batch_size):
         for block, _ in _blocks(b, q, k, k_idx, indices, ranges, query_start, kpool, causal):
             rows = block.rows
@@ -207,9 +217,15 @@ def _backward(
     dq = torch.zeros_like(q_idx, memory_format=torch.contiguous_format)
     dw = torch.zeros_like(w, memory_format=torch.contiguous_format)
     dk = k_idx.new_zeros(k_idx.shape, dtype=dtype)
-    if batch_size * num_queries * k_idx.shape[1] == 0:
+    if _compares_nothing(q, k_idx, indices):
         return dq, dk.to(k_idx.dtype), dw
     ranges = _ranges(q, k, k_idx, causal, query_start, cu_seqlens, kpool)
+    # The kernels add up dk of a selection in the order in which queries happen to finish.
+    in_any_order = indices is None or not torch.are_deterministic_algorithms_enabled()
+    if has_kernels(q) and has_kernels(q_idx) and in_any_order:
+        from hybrid_flex.kernels.dsa.loss import loss_backward
+
+        return loss_backward(grad, q_idx, k_idx, w, q, k, indices, lse, lse_idx, ranges, scale, kpool)
     grad = grad.to(dtype) / (batch_size * num_queries)
     for b in range(batch_size):
         for block, offset in _blocks(b, q, k, k_idx, indices, ranges, query_start, kpool, causal):
@@ -288,7 +304,7 @@ def indexer_kl_loss(
         k: ``[B, S, Hkv, D]`` keys of the main attention, q's dtype; no gradient reaches them.
         indices: int32 or int64 ``[B, T, J]`` selection (`lightning_topk`), -1 unused; POOL indices with ``kpool > 1``.
         scale: factor of the attention's logits; default ``D ** -0.5``.
-        causal: as in `lightning_topk`.
+        causal: as in `lightning_topk`; True with indices of pools.
         query_start: as in `lightning_topk`.
         cu_seqlens: as in `lightning_topk`.
         kpool: tokens per class.  The attention then runs over tokens (the selected pools and the tail), its
@@ -301,7 +317,8 @@ def indexer_kl_loss(
         ValueError: shapes, devices or values that do not fit.
         TypeError: dtypes that do not fit.
 
-    Device: any; the workspace does not grow with T * S.
+    Device: any; the workspace does not grow with T * S.  On CUDA k_idx's gradient of a selection is added up by
+        atomics, whose order is not fixed; `torch.use_deterministic_algorithms` chooses a slower form that has one.
     Source: DeepSeek-V3.2 report, equations 3 and 4.
 
     Example:
@@ -320,6 +337,8 @@ def indexer_kl_loss(
     rule = "have S // kpool keys, (keys, S, kpool) given"
     check(num_keys == k.shape[1] // kpool, op, "k_idx", rule, (num_keys, k.shape[1], kpool))
     if indices is not None:
+        # The incomplete pool that a query attends to besides is the one it stands in.
+        check(causal or kpool == 1, op, "causal", "be True with indices of pools", causal)
         check_shape(op, "indices", indices, (batch_size, num_queries, None), "[B, T, J]")
         check_dtype(op, "indices", indices, INTEGER)
         check_device(op, "indices", indices, q_idx.device)

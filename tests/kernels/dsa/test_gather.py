@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hybrid_flex.kernels.dsa import gather, gather_backward
 from hybrid_flex.kernels.dsa.gather import (
-    HOPPER_BYTES,
     is_served,
     launch_gather,
     lies_within,
@@ -20,6 +19,7 @@ from hybrid_flex.kernels.dsa.gather import (
     widths,
 )
 from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
+from hybrid_flex.kernels.launch import HOPPER_BYTES
 from hybrid_flex.ops.dsa.reference import reference_attention, reference_membership
 
 NAN = float("nan")
