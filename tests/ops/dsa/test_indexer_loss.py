@@ -205,6 +205,9 @@ def test_errors() -> None:
         k,
         indices=indices,
     )
+    pools = {"indices": torch.zeros(1, 6, 2, dtype=torch.int32), "kpool": 2, "causal": False}
+    message = r"indexer_kl_loss: causal must be True with indices of pools, got False"
+    expect(ValueError, message, q_idx, k_idx[:, :3], w, q, k, **pools)
     cu = torch.tensor([0, 6])
     expect(
         ValueError,
