@@ -44,6 +44,8 @@ class LightningIndexer(nn.Module):
         rope_theta: base of the rotation frequencies.
         kpool: tokens per pooled key.  Above 1, ``topk // kpool`` complete pools are selected and the tokens after the
             last complete pool are always attended, so a selection is ``topk + kpool - 1`` wide.
+        quantization: "fp8" to select by scores in eight bits (`lightning_topk`), None by those of the layer's dtype.
+            May be changed on a layer that exists, ``layer.indexer.quantization = "fp8"``; the loss does not use it.
 
     Raises:
         ValueError: a width or count is not positive, ``topk`` no multiple of ``kpool``, ``rope_dim`` odd or too wide.
@@ -71,6 +73,7 @@ class LightningIndexer(nn.Module):
         rope_layout: RopeLayout | str = RopeLayout.HALF,
         rope_theta: float = 10000.0,
         kpool: int = 1,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         query_dim = hidden_size if query_dim is None else query_dim
@@ -87,9 +90,10 @@ class LightningIndexer(nn.Module):
         check(topk % kpool == 0, name, "topk", f"be a multiple of kpool = {kpool}", topk)
         check(0 <= rope_dim <= head_dim, name, "rope_dim", f"be between 0 and head_dim = {head_dim}", rope_dim)
         check(rope_dim % 2 == 0, name, "rope_dim", "be even", rope_dim)
+        check_choice(name, "quantization", quantization, (None, "fp8"))
         check_choice(name, "rope_layout", rope_layout, tuple(layout.value for layout in RopeLayout))
         self.num_heads, self.head_dim, self.topk, self.kpool = num_heads, head_dim, topk, kpool
-        self.rope_dim, self.rope_theta = rope_dim, rope_theta
+        self.rope_dim, self.rope_theta, self.quantization = rope_dim, rope_theta, quantization
         self.rope_layout = RopeLayout(rope_layout) if rope_dim else RopeLayout.NONE
 
         self.wq = nn.Linear(query_dim, num_heads * head_dim, bias=False)
@@ -162,6 +166,7 @@ class LightningIndexer(nn.Module):
             query_start=query_start,
             cu_seqlens=cu_seqlens,
             kpool=self.kpool,
+            quantization=self.quantization,
         )
 
     def append(self, index_keys: Tensor, cache: DSACache, positions: Tensor) -> None:
@@ -188,6 +193,7 @@ class LightningIndexer(nn.Module):
             kpool=self.kpool,
             lengths=lengths,
             block_table=cache.block_table,
+            quantization=self.quantization,
         )
         return self.tokens(selection, query_start=lengths - q_idx.shape[1])
 
@@ -251,4 +257,5 @@ class LightningIndexer(nn.Module):
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, topk={self.topk}, kpool={self.kpool}, "
             f"rope_dim={self.rope_dim}, rope_layout={self.rope_layout.value}"
+            + (f", quantization={self.quantization}" if self.quantization else "")
         )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hybrid_flex.layers import LightningIndexer
+from hybrid_flex.ops import lightning_topk
 
 
 def make(**options: Any) -> LightningIndexer:
@@ -96,9 +97,21 @@ def test_the_key_norm_stays_in_float32() -> None:
         ({"topk": 6, "kpool": 4}, "topk must be a multiple of kpool = 4, got 6"),
         ({"rope_dim": 18}, "rope_dim must be between 0 and head_dim = 16, got 18"),
         ({"rope_dim": 3}, "rope_dim must be even, got 3"),
+        ({"quantization": "int4"}, "quantization must be one of None, 'fp8', got 'int4'"),
         ({"rope_layout": "thirds"}, "rope_layout must be one of 'half', 'interleaved', 'none', got 'thirds'"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"LightningIndexer: {message}"):
         make(**options)
+
+
+def test_eight_bits_select_almost_the_same() -> None:
+    indexer, x = make(topk=16), torch.randn(1, 90, 32)
+    exact, cache = indexer(x)
+    indexer.quantization = "fp8"
+    rounded, _ = indexer(x)
+    q_idx, w, keys = indexer.project(x, torch.arange(90))
+    assert torch.equal(rounded, lightning_topk(q_idx, keys, w, 16, quantization="fp8")) and torch.equal(keys, cache)
+    common = (rounded[..., None] == exact[..., None, :]).any(-1).float().mean()
+    assert 0.9 < common < 1.0 and "quantization=fp8" in repr(indexer)
