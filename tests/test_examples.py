@@ -19,6 +19,7 @@ from hybrid_flex import export
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHORT = {
     "compile_layer": ["aot_eager"],  # without the C++ compiler of the default backend: seconds instead of a minute
+    "decode_from_pages": [],
     "dsa_layer": ["picture"],
     "export_and_reload": [],
     "hybrid_model": [],
