@@ -83,8 +83,8 @@ def select_kernel(
             tl.store(p_out + i_k, tl.where(i_k < count, first + i_k, -1), mask=m_k)
             if not LAST:
                 # A row that may keep all it sees has no scores; any do.
-                m = (i_k < count) & (seen > TOPK)
-                b_x = tl.load(p_keys + first + i_k, mask=m, other=0)
+                scored = tl.where(seen > TOPK, count, 0)
+                b_x = tl.load(p_keys + first + i_k, mask=i_k < scored, other=0)
                 tl.store(p_out_keys + i_k, tl.where(i_k < count, b_x, NONE), mask=m_k)
             return
         b_x = tl.load(p_keys + i_c, mask=(i_c >= first) & (i_c < first + count), other=NONE)
@@ -95,10 +95,9 @@ def select_kernel(
     x, missing = tl.full((), NONE, tl.int32), tl.full((), 0, tl.int32)
     if count > TOPK:
         x, missing = kth_largest(b_x, TOPK, 0x7FFFFFFF)
-    above, equal = (b_x > x).to(tl.int32), (b_x == x).to(tl.int32)
-    running = tl.cumsum(above + (equal << 16), 0)
+    running = tl.cumsum((b_x > x).to(tl.int32) + ((b_x == x).to(tl.int32) << 16), 0)
     num_above, num_equal = running & 0xFFFF, running >> 16
-    m = (above != 0) | ((equal != 0) & (num_equal <= missing))
+    m = (b_x > x) | ((b_x == x) & (num_equal <= missing))
     i_slot = num_above + tl.minimum(num_equal, missing) - 1
     if FIRST:
         columns = i_c
