@@ -44,7 +44,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 import time
@@ -66,9 +65,11 @@ from harness import (
     Clock,
     Plan,
     arguments_without_out,
+    chosen_rows,
     describe_device,
     describe_error,
     free_memory,
+    in_order,
     progress,
     report_stem,
     spread,
@@ -261,13 +262,11 @@ def keep_earlier(report: dict[str, Any], path: Path) -> None:
 
 def add_row(report: dict[str, Any], entry: dict[str, Any], with_peers: bool) -> None:
     """Put a row in its place; where peers were left out, what they did on the row earlier stays beside it."""
-    order = {row.name: i for i, row in enumerate(ROWS)}
     earlier = next((row for row in report["rows"] if row["name"] == entry["name"]), {"contenders": {}})
     peers = {name: own for name, own in earlier["contenders"].items() if own["role"] == "peer"}
     if peers and not with_peers:
         entry = entry | {"contenders": entry["contenders"] | peers, "peer_earlier": True}
-    others = [row for row in report["rows"] if row["name"] != entry["name"]]
-    report["rows"] = sorted([*others, entry], key=lambda row: order.get(row["name"], len(order)))
+    report["rows"] = in_order(report["rows"], entry, [row.name for row in ROWS])
 
 
 def package_versions() -> dict[str, str]:
@@ -278,13 +277,6 @@ def package_versions() -> dict[str, str]:
     if torch.backends.cudnn.is_available():
         found["cudnn"] = str(torch.backends.cudnn.version())
     return found
-
-
-def chosen_rows(patterns: str) -> list[Row]:
-    for pattern in patterns.split(","):
-        if not any(fnmatch.fnmatch(row.name, pattern) for row in ROWS):
-            raise SystemExit(f"dsa.py: --rows must name rows of --help, got {pattern}")
-    return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns.split(","))]
 
 
 def read_options() -> argparse.Namespace:
@@ -306,7 +298,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     begin = time.perf_counter()
     options = read_options()
-    rows = chosen_rows(options.rows)
+    rows = chosen_rows("dsa.py", ROWS, options.rows)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("dsa.py: --device cuda needs a GPU; `--device cpu --quick` only shows that everything runs")
     device = torch.device(options.device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsa_gates import BOUNDS
-from harness import GIB, table
+from harness import GIB, below_the_table, table
 
 MIB = 2**20
 
@@ -178,11 +178,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *main_table(report["rows"]),
     ]
-    if report["left_out"]:
-        lines += ["", f"Left out ({report['why_left_out']}): {', '.join(report['left_out'])}."]
-    elsewhere = [f"{r['name']} ({r['commit']})" for r in report["rows"] if r["commit"] != what["commit"]]
-    if elsewhere:
-        lines += ["", f"Measured at another commit: {', '.join(elsewhere)}."]
+    lines += below_the_table(report)
     lines += density_tables(report["rows"])
     lines += ["", "## Errors", "", *error_table(report["rows"])]
     lines += ["", "## First calls", "", "Seconds, compilation included.", "", *first_call_table(report["rows"])]

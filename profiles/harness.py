@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import gc
 import json
 import platform
@@ -190,6 +191,34 @@ def free_memory(device: torch.device) -> None:
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def chosen_rows(script: str, rows: Iterable[Any], patterns: str) -> list[Any]:
+    """Return the rows whose names match one of the patterns, separated by commas; each must match some."""
+    rows = list(rows)
+    for pattern in patterns.split(","):
+        if not any(fnmatch.fnmatch(row.name, pattern) for row in rows):
+            raise SystemExit(f"{script}: --rows must name rows of --help, got {pattern}")
+    return [row for row in rows if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns.split(","))]
+
+
+def below_the_table(report: dict[str, Any]) -> list[str]:
+    """Say which rows were left out, and which were measured at another commit."""
+    lines = []
+    if report["left_out"]:
+        lines += ["", f"Left out ({report['why_left_out']}): {', '.join(report['left_out'])}."]
+    here = report["versions"]["commit"]
+    elsewhere = [f"{row['name']} ({row['commit']})" for row in report["rows"] if row["commit"] != here]
+    if elsewhere:
+        lines += ["", f"Measured at another commit: {', '.join(elsewhere)}."]
+    return lines
+
+
+def in_order(rows: list[dict[str, Any]], entry: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of a report with an entry in its place, or instead of an earlier one of its name."""
+    order = {name: i for i, name in enumerate(names)}
+    others = [row for row in rows if row["name"] != entry["name"]]
+    return sorted([*others, entry], key=lambda row: order.get(row["name"], len(order)))
 
 
 def arguments_without_out() -> list[str]:

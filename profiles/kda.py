@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import fnmatch
 import importlib.metadata
 import json
 import os
@@ -52,9 +51,11 @@ from harness import (
     Clock,
     Plan,
     arguments_without_out,
+    chosen_rows,
     describe_device,
     describe_error,
     free_memory,
+    in_order,
     progress,
     report_stem,
     spread,
@@ -289,12 +290,10 @@ def keep_earlier(report: dict[str, Any], path: Path) -> None:
 
 def add_row(report: dict[str, Any], entry: dict[str, Any]) -> None:
     """Put a row in its place; where the peer was left out, what it did on the row earlier stays beside it."""
-    order = {row.name: i for i, row in enumerate(ROWS)}
     earlier = next((row for row in report["rows"] if row["name"] == entry["name"]), {"contenders": {}})
     if PEER in earlier["contenders"] and PEER not in entry["contenders"]:
         entry = entry | {"contenders": entry["contenders"] | {PEER: earlier["contenders"][PEER]}, "peer_earlier": True}
-    others = [row for row in report["rows"] if row["name"] != entry["name"]]
-    report["rows"] = sorted([*others, entry], key=lambda row: order.get(row["name"], len(order)))
+    report["rows"] = in_order(report["rows"], entry, [row.name for row in ROWS])
 
 
 def package_versions() -> dict[str, str]:
@@ -306,15 +305,6 @@ def package_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def chosen_rows(patterns: str) -> list[Row]:
-    if patterns == "none":
-        return []
-    for pattern in patterns.split(","):
-        if not any(fnmatch.fnmatch(row.name, pattern) for row in ROWS):
-            raise SystemExit(f"kda.py: --rows must name rows of --help, got {pattern}")
-    return [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in patterns.split(","))]
 
 
 def read_options() -> argparse.Namespace:
@@ -348,7 +338,7 @@ def main() -> None:
     if options.measure_first_call is not None:
         measure_first_call(options.measure_first_call, device, options.quick)
         return
-    rows = chosen_rows(options.rows)
+    rows = [] if options.rows == "none" else chosen_rows("kda.py", ROWS, options.rows)
     if options.search_share is not None:
         search(rows, device, *options.search_share)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from harness import GIB, table
+from harness import GIB, below_the_table, table
 from kda_rows import BOUNDS, OURS, PEER
 
 # NOTE [As accurate]: beside its bounds, a contender is to be no less accurate than the peer on the same inputs.  Two
@@ -135,10 +135,6 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *main_table(report["rows"]),
     ]
-    if report["left_out"]:
-        lines += ["", f"Left out ({report['why_left_out']}): {', '.join(report['left_out'])}."]
-    elsewhere = [f"{r['name']} ({r['commit']})" for r in report["rows"] if r["commit"] != what["commit"]]
-    if elsewhere:
-        lines += ["", f"Measured at another commit: {', '.join(elsewhere)}."]
+    lines += below_the_table(report)
     lines += ["", "## Errors", "", *error_table(report["rows"]), "", "## First calls", *first_call_tables(report)]
     return "\n".join(lines) + "\n"

@@ -267,7 +267,7 @@ def test_rows_have_names_of_their_own(bench: SimpleNamespace) -> None:
 
 def test_an_unknown_row_is_named(bench: SimpleNamespace) -> None:
     with pytest.raises(SystemExit, match=r"^dsa\.py: --rows must name rows of --help, got nonsense$"):
-        bench.dsa.chosen_rows("select_t8192*,nonsense")
+        bench.dsa.chosen_rows("dsa.py", bench.dsa.ROWS, "select_t8192*,nonsense")
 
 
 def test_budget_leaves_rows_out_and_says_so(

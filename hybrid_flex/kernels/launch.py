@@ -65,6 +65,25 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return int(properties.shared_memory_per_block_optin), int(properties.major)
 
 
+# NOTE [Narrow products]
+# Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared memory
+# (seen with compute-sanitizer on an H100).  Products of 64 rows are therefore at least 64 columns wide, and smaller
+# heads are padded.
+NARROWEST = 64
+
+
+def product_precision(x: torch.Tensor) -> str:
+    """Name the form of products: three parts of tf32 keep float32's digits, 16 bits are exact in one pass."""
+    return "tf32x3" if x.dtype == torch.float32 else "tf32"
+
+
+def two_widths(width: int) -> tuple[int, int]:
+    """Split a width into powers of two of at least 16, the second 0 where one is not wider: 576 = 512 + 64."""
+    whole = max(16, next_power_of_2(width))
+    main, rest = whole // 2, max(16, next_power_of_2(max(width - whole // 2, 1)))
+    return (main, rest) if main + rest < whole else (whole, 0)
+
+
 def compilations(call: Callable[[], object]) -> list[Compilation]:
     """Return what compiles the kernels that ``call`` launches; nothing is launched, so what it computes is garbage."""
     found: list[Compilation] = []

@@ -57,22 +57,21 @@ class DSACache:
         rows = self.kv.flatten(0, 1).expand(indices.shape[0], -1, -1, -1)
         return paged_rows(indices, self.block_table, self.kv.shape[1]), rows
 
-    def fill(self, entry: int, kv: Tensor, index_keys: Tensor, index_tail: Tensor) -> None:
-        """Let sequence ``entry`` begin with rows ``[1, S, Hkv, X]``, their index keys and the incomplete pool."""
-        own = slice(entry, entry + 1)
+    def fill(self, own: slice, kv: Tensor, index_keys: Tensor, index_tail: Tensor) -> None:
+        """Let sequences ``own`` begin with rows ``[b, S, Hkv, X]``, their index keys and the incomplete pool."""
         paged = self.block_table is not None
-        one = DSACache(
+        part = DSACache(
             self.kv if paged else self.kv[own],
             self.index_keys if paged else self.index_keys[own],
             self.index_tail[own],
             self.lengths[own],
             None if self.block_table is None else self.block_table[own],
         )
-        place = torch.arange(kv.shape[1], device=kv.device)[None]
-        one.append(kv, place)
-        one.append_index(index_keys, place[:, : index_keys.shape[1]])
-        one.index_tail[:, : index_tail.shape[1]] = index_tail
-        one.lengths.fill_(kv.shape[1])
+        place = torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[0], -1)
+        part.append(kv, place)
+        part.append_index(index_keys, place[:, : index_keys.shape[1]])
+        part.index_tail[:, : index_tail.shape[1]] = index_tail
+        part.lengths.fill_(kv.shape[1])
 
     def _place(self, positions: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
         if self.block_table is None:

@@ -213,7 +213,7 @@ class SparseLayer(nn.Module):
             ValueError: the state is not of this layer, or of more sequences than one.
         """
         self._check_state(type(self).__name__, state, 1)
-        cache.fill(entry, state.kv, *self._index_rows(state))
+        cache.fill(slice(entry, entry + 1), state.kv, *self._index_rows(state))
 
     @torch.no_grad()
     def reserve(self, state: DSAState, max_length: int) -> DSACache:
@@ -226,11 +226,7 @@ class SparseLayer(nn.Module):
         self._check_state(name, state, batch_size)
         check(max_length >= length, name, "max_length", f"be at least {length}, the tokens held", max_length)
         cache = self.init_cache(batch_size, max(max_length, 1), device=state.kv.device, dtype=state.kv.dtype)
-        index_keys, tail = self._index_rows(state)
-        cache.kv[:, :length] = state.kv
-        cache.index_keys[:, : index_keys.shape[1]] = index_keys
-        cache.index_tail[:, : tail.shape[1]] = tail
-        cache.lengths.fill_(length)
+        cache.fill(slice(None), state.kv, *self._index_rows(state))
         return cache
 
     def _index_rows(self, state: DSAState) -> tuple[Tensor, Tensor]:

@@ -29,17 +29,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import (
+    NARROWEST,
+    device_limits,
+    launchable,
+    next_power_of_2,
+    on_its_device,
+    product_precision,
+    two_widths,
+)
 
-# NOTE [Narrow products]
-# Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared memory on an H100, so that
-# products are at least 64 columns wide where they have 64 rows; values are padded to 64 columns for it.
-NARROWEST = 64
+# Values are padded to NARROWEST columns: NOTE [Narrow products] in launch.py.
 WIDEST_PIECE = 256
 MOST_HEADS = 64
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -233,10 +237,7 @@ class Widths(NamedTuple):
 
 def widths(D: int, V: int, shared: bool) -> Widths:
     """Cut D and V columns into pieces; ``shared`` says that the values are the first columns of the keys."""
-    main = 1 << (D.bit_length() - 1)
-    rest = max(16, next_power_of_2(D - main)) if main < D else 0
-    if rest >= main or main < 16:
-        main, rest = max(16, next_power_of_2(D)), 0
+    main, rest = two_widths(D)
     shared = shared and main == V >= NARROWEST
     piece, value_piece = (min(n, WIDEST_PIECE) for n in (main, max(NARROWEST, next_power_of_2(V))))
     return Widths(D, V, piece, main // piece, rest, value_piece, -(-V // value_piece), shared)
@@ -292,9 +293,7 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Any], Widths]:
     """Return the constants that every kernel takes, and the pieces of the columns."""
     H, HKV, D, V = (int(n) for n in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
     width = widths(D, V, lies_within(k, v))
-    # float32 operands keep their digits; the others are exact in one pass.
-    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return {"H": H, "HKV": HKV, **width._asdict(), "PRECISION": precision}, width
+    return {"H": H, "HKV": HKV, **width._asdict(), "PRECISION": product_precision(q)}, width
 
 
 @on_its_device

@@ -33,11 +33,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import HOPPER_BYTES, device_limits, launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import (
+    HOPPER_BYTES,
+    NARROWEST,
+    device_limits,
+    launchable,
+    next_power_of_2,
+    on_its_device,
+)
 
 from .gather import (
     LOG2_E,
-    NARROWEST,
     Widths,
     dense_rows,
     load_piece,

@@ -12,7 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import (
+    NARROWEST,
+    device_limits,
+    launchable,
+    next_power_of_2,
+    on_its_device,
+    product_precision,
+    two_widths,
+)
 
 from .loss_dense import attention_lse_kernel, compare_kernel, finish_kernel
 from .loss_dense_backward import key_gradient_kernel, query_gradient_kernel
@@ -62,26 +70,12 @@ class _Sizes(NamedTuple):
 
 def _sizes(q_idx: Tensor, k_idx: Tensor, q: Tensor, k: Tensor) -> _Sizes:
     D, DI = int(q.shape[3]), int(q_idx.shape[3])
-    DM, DR = _two_widths(D)
+    DM, DR = two_widths(D)
     heads = {"H": int(q.shape[2]), "HKV": int(k.shape[2]), "D": D, "DM": DM, "DR": DR}
-    # Triton 3.6 gave products of 64 x 64 and 64 x 32 in 16 bits a wrong address on an H100.
-    narrowest = 16 if q_idx.dtype == torch.float32 else 64
+    # NOTE [Narrow products] in launch.py.
+    narrowest = 16 if q_idx.dtype == torch.float32 else NARROWEST
     index = {"HI": int(q_idx.shape[2]), "DI": DI, "BD": max(narrowest, next_power_of_2(DI))}
     return _Sizes(q.shape[0], q.shape[1], k.shape[1], k_idx.shape[1], heads, index)
-
-
-def _two_widths(D: int) -> tuple[int, int]:
-    """Split a width into powers of two, the second one 0 where it saves nothing; NOTE [Two widths] in loss_tiles.py."""
-    whole = max(16, next_power_of_2(D))
-    if whole == D or whole == 16:
-        return whole, 0
-    main, rest = whole // 2, max(16, next_power_of_2(D - whole // 2))
-    return (whole, 0) if main + rest >= whole else (main, rest)
-
-
-def _precision(x: Tensor) -> str:
-    """Name the form of a product: three parts of tf32 have the error of float32."""
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"
 
 
 def _fitting(
@@ -171,7 +165,7 @@ def loss_forward(
     tensors = (q, k, lse, q_idx, k_idx, w)
     classes = (first_class, last_class)
     width = (sizes.heads["DM"] + sizes.heads["DR"]) * q.element_size()
-    PRECISION = _precision(q)
+    PRECISION = product_precision(q)
     if indices is None:
         BT, BS, warps, stages = _fitting(q, LSE, T, lambda t, s, n: (t + n * s) * width, width)
         launchable(attention_lse_kernel)[(-(-T // BT), q.shape[2], B)](
@@ -267,8 +261,8 @@ def _compare(
     launchable(compare_kernel)[(num_rows * num_columns, count)](
         *tensors, lse_idx, *classes, out, scale_log2, out.stride(1) if backward else 16, b, start, stop, sizes.T,
         sizes.S, sizes.P, num_rows, num_columns, **sizes.heads, **sizes.index, KPOOL=kpool, BT=BT, BC=BC, GROUP=GROUP,
-        DS_SCALE=ds_scale, BACKWARD=backward, PRECISION=_precision(q), PRECISION_IDX=_precision(q_idx), STAGES=stages,
-        num_warps=warps, num_stages=stages,
+        DS_SCALE=ds_scale, BACKWARD=backward, PRECISION=product_precision(q),
+        PRECISION_IDX=product_precision(q_idx), STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -291,7 +285,7 @@ def _dense_backward(
     q_idx, k_idx, w = tensors[3:]
     B, T, _, P = sizes[:4]
     HI = sizes.index["HI"]
-    precision, size = _precision(q_idx), q_idx.element_size()
+    precision, size = product_precision(q_idx), q_idx.element_size()
     width = sizes.index["BD"] * size
     BT, BC, warps, stages = _fitting(q_idx, LONG, T, lambda t, c, n: (t + n * c) * width + n * t * c * size, width)
     # The same tiles with queries and classes in each other's place.
@@ -340,13 +334,13 @@ def _sparse_compare(
     BH, BS, warps, stages = _head_tile(sizes, q)
     launchable(sparse_target_kernel)[(rows, groups, count)](
         q, k, lse, indices, *classes, P, scale_log2, b, start, sizes.T, sizes.S, J, **sizes.heads, KPOOL=kpool, BH=BH,
-        BS=BS, PRECISION=_precision(q), STAGES=stages, num_warps=warps, num_stages=stages,
+        BS=BS, PRECISION=product_precision(q), STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     width = sizes.index["BD"] * q_idx.element_size()
     BHI, BS, warps, stages = _fitting(q_idx, HEADS, sizes.index["HI"], lambda h, s, n: (h + n * s) * width, width)
     launchable(sparse_compare_kernel)[(rows, count)](
         q_idx, k_idx, w, P, indices, *classes, *outputs, b, start, sizes.T, sizes.P, J, **sizes.index, GROUPS=groups,
-        BHI=BHI, BS=BS, BACKWARD=backward, PRECISION=_precision(q_idx), STAGES=stages, num_warps=warps,
+        BHI=BHI, BS=BS, BACKWARD=backward, PRECISION=product_precision(q_idx), STAGES=stages, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
 
@@ -396,7 +390,7 @@ def _sparse_backward(
         _sparse_compare(tensors, indices, classes, outputs, scale_log2, sizes, kpool, chunk, True)
         launchable(sparse_gradient_kernel)[(stop - start, -(-HI // BHI), count)](
             grad, ds, q_idx, k_idx, w, w_scaled, indices, *classes, dq, dk, dw, 1.0 / (B * T * ds_scale), b, start,
-            T, P, J, **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale, PRECISION=_precision(q_idx), STAGES=stages,
-            num_warps=warps, num_stages=stages,
+            T, P, J, **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale, PRECISION=product_precision(q_idx),
+            STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return dk

@@ -89,7 +89,7 @@ def lightning_topk(
     q_idx, w = q_idx.contiguous(), w.contiguous()
     k_idx = k_idx if k_idx.stride(2) == 1 else k_idx.contiguous()
     indices = torch.empty((B, T, topk), dtype=torch.int32, device=q_idx.device)
-    first, last = (None, lengths) if ranges is None else ranges
+    first, last = (None, None) if ranges is None else ranges
     sees = "length" if lengths is not None else "all" if ranges is None else "range"
     flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "SEES": sees}
     num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
@@ -97,11 +97,11 @@ def lightning_topk(
         batch = slice(b, min(b + num_batch, B))
         own, table = (batch, None) if block_table is None else (slice(None), block_table[batch])
         keys, scale = k_idx[own], None if key_scale is None else key_scale[own]
-        seen = last if sees != "length" or last is None else last[batch]
+        last = last if lengths is None else lengths[batch]
         for start in range(0, T, num_rows):
             stop = min(start + num_rows, T)
             upper = min(S, (query_start + stop) // kpool) if causal and lengths is None else S
-            rows = _Rows(first, seen, table, start, stop - start, (T, S, query_start), flags)
+            rows = _Rows(first, last, table, start, stop - start, (T, S, query_start), flags)
             scores = indices
             if upper > topk:
                 scores = _score(q_idx[batch], keys, w[batch], scale, rows, upper, {"PAGE": page, "PAGES": num_pages})

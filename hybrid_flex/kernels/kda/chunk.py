@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import is_plain
-from hybrid_flex.kernels.launch import compile_ahead, launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import (
+    NARROWEST,
+    compile_ahead,
+    launchable,
+    next_power_of_2,
+    on_its_device,
+    product_precision,
+)
 
 from .decay import exponent_table
 from .far import far_inputs_kernel
@@ -27,10 +34,9 @@ from .scan import scan_backward_kernel, scan_kernel
 from .segments import Segments, cut, join_kernel, num_segments
 
 # NOTE [Slices of 64]
-# Kernels of 4 warps and 64 rows work on 64 columns of K or V at a time: with more, registers spill.  Not fewer either,
-# and smaller heads are padded: Triton 3.6 gave a product of [64, 64] and [64, 32] in bfloat16 a wrong address in shared
-# memory (seen with compute-sanitizer on an H100).
-SLICE = 64
+# Kernels of 4 warps and 64 rows work on 64 columns of K or V at a time: with more, registers spill.  Not fewer either:
+# NOTE [Narrow products] in launch.py.
+SLICE = NARROWEST
 FAR_GROUP = 4
 """Chunks that a block looks through for far rows: 12,288 blocks with nothing to do take 0.03 ms on one H100."""
 
@@ -96,8 +102,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
         "SIGMOID": raw.sigmoid,
         "FACTOR": 2.0 if raw.neg_eigval else 1.0,
         "PACKED": cu_seqlens is not None,
-        # float32 operands keep their digits; the others are exact in one pass.
-        "PRECISION": "tf32x3" if raw.q.dtype == torch.float32 else "tf32",
+        "PRECISION": product_precision(raw.q),
     }
     sizes = {"H": H, "HV": HV, "K": K, "V": V, "C": C, "BK": BK, "WV": WV}
     gate |= _anchor(raw, C)

@@ -14,7 +14,7 @@ it is Triton kernels (kernels/dsa/gather.py); on a CPU and in float64 it walks o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -247,14 +247,19 @@ def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> 
     ctx.scale = scale  # type: ignore[attr-defined]
 
 
-def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    """Call the backward operator; shared by the operators that return (o, lse)."""
-    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    scale = ctx.scale  # type: ignore[attr-defined]
-    grads = torch.ops.hybrid_flex.sparse_attention_backward(*(do, dlse, q, k, v, indices, o, lse), scale)
-    return *grads, None, None
+def _autograd(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Return the gradient of an operator that returns (o, lse), by the backward operator of this name."""
+
+    def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+        arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
+        return *getattr(torch.ops.hybrid_flex, operator)(*arguments), None, None
+
+    return backward
 
 
+backward = _autograd("sparse_attention_backward")
+"""Shared by the operators whose gradient the plain form computes."""
 _gather_forward.register_autograd(backward, setup_context=setup_context)
 
 
@@ -306,13 +311,8 @@ _cuda_forward.register_fake(_fake_forward)
 _cuda_backward.register_fake(_fake_backward)
 
 
-def _cuda_autograd(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
-    return *torch.ops.hybrid_flex.sparse_attention_cuda_backward(*arguments), None, None
-
-
-torch.library.register_autograd("hybrid_flex::sparse_attention_cuda", _cuda_autograd, setup_context=setup_context)
+cuda_backward = _autograd("sparse_attention_cuda_backward")
+torch.library.register_autograd("hybrid_flex::sparse_attention_cuda", cuda_backward, setup_context=setup_context)
 
 
 def _in_kernels(q: Tensor, v: Tensor) -> bool:

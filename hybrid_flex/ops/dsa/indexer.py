@@ -25,7 +25,7 @@ from hybrid_flex.checks import (
     check_shape,
 )
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
-from hybrid_flex.ops.dsa.quantize import check_fp8, dequantize, quantize
+from hybrid_flex.ops.dsa.quantize import check_fp8, quantize, rounded
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
 # NOTE [Score workspace]: queries of one block, and bytes of products [block * HI, keys] that live at once.  Measured on
@@ -184,7 +184,7 @@ def _lightning_topk(
     if num_keys == 0 or indices.numel() == 0:
         return indices
     if fp8:
-        q_idx, k_idx = dequantize(*quantize(q_idx)), dequantize(*quantize(k_idx))
+        q_idx, k_idx = rounded(q_idx), rounded(k_idx)
     dtype = accumulate_dtype(q_idx)
     ranges = visible_ranges(num_queries, num_keys, causal, query_start, cu_seqlens, kpool, q_idx.device)
     block = min(num_queries, BLOCK_SIZE)
@@ -376,7 +376,7 @@ def lightning_topk(
     q_idx, k_idx, w = q_idx.detach(), k_idx.detach(), w.detach()
     if backend == "reference":
         if fp8:
-            q_idx, k_idx = dequantize(*quantize(q_idx)), dequantize(*quantize(k_idx))
+            q_idx, k_idx = rounded(q_idx), rounded(k_idx)
         if lengths is not None:
             return _reference_cache(q_idx, k_idx, w, topk, kpool, lengths, block_table)
         visible = reference_visible(

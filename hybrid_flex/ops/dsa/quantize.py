@@ -36,8 +36,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return (rotated / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
-def dequantize(x8: Tensor, scale: Tensor) -> Tensor:
-    """Turn what `quantize` returned into float32, rotated still."""
+def rounded(x: Tensor) -> Tensor:
+    """Return in float32 what eight bits leave of vectors, rotated."""
+    x8, scale = quantize(x)
     return x8.float() * scale[..., None]
 
 
