@@ -251,7 +251,7 @@ def test_widths_are_split_where_that_is_narrower() -> None:
     split = {1: (16, 0), 16: (16, 0), 17: (32, 0), 72: (64, 16), 100: (128, 0), 128: (128, 0), 192: (128, 64)}
     split |= {512: (512, 0), 576: (512, 64), 640: (512, 128)}
     for width, parts in split.items():
-        assert launchers._two_widths(width) == parts
+        assert launchers.two_widths(width) == parts
 
 
 def test_chunks_cover_all_rows_once_and_fit() -> None:
