@@ -181,6 +181,7 @@ def loss_forward(
                 sums, *classes, kl, lse_idx, log_N, b, start, stop, T, num_tiles, BC=BC, BLOCK=FINISH_ROWS,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
+            del sums  # or two of them would be held while the next is made
     else:
         indices = indices.contiguous()
         BH, BS, warps, stages = _head_tile(sizes, q)
@@ -312,6 +313,7 @@ def _dense_backward(
             HEADS=heads, BT=BT_k, BC=BC_k, PRECISION=precision, STAGES=stages_k, num_warps=warps_k,
             num_stages=stages_k,
         )  # fmt: skip
+        del ds  # or two of them would be held while the next is made
     return dk[0] if groups == 1 else dk.sum(0)
 
 
@@ -393,4 +395,5 @@ def _sparse_backward(
             T, P, J, **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale, PRECISION=product_precision(q_idx),
             STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+        del ds, outputs  # or two of them would be held while the next is made
     return dk
