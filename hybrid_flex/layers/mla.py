@@ -111,6 +111,7 @@ class DeepSeekSparseMLA(SparseLayer):
         self.rope_layout, self.rope_theta = RopeLayout(rope_layout), rope_theta
         self.form, self.backend, self.scale = form, backend, (qk_nope_head_dim + rope_dim) ** -0.5
         self.cache_shape = (1, kv_lora_rank + rope_dim)
+        self.value_dim = kv_lora_rank
 
         query_size = num_heads * (qk_nope_head_dim + rope_dim)
         if q_lora_rank is None:
@@ -149,7 +150,7 @@ class DeepSeekSparseMLA(SparseLayer):
             k_rot = apply_rope(k_rot, cos, sin, self.rope_layout)
         return Projected(q, torch.cat((latent, k_rot), dim=-1).unsqueeze(2), query_input)
 
-    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
 
     def _output(self, o: Tensor) -> Tensor:
@@ -172,11 +173,11 @@ class DeepSeekSparseMLA(SparseLayer):
         w_k, w_v = weight.split((self.qk_nope_head_dim, self.v_head_dim), dim=1)
         return w_k, w_v
 
-    def _absorb(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Move ``W_k`` into the queries: one key head ``[latent | rotated]``, one value head, the latent."""
+    def _absorb(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Move ``W_k`` into the queries: one key head ``[latent | rotated]``, whose latent is the values too."""
         q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
         q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, self._expansion()[0]), q_rot), dim=-1)
-        return q, kv, kv[..., : self.kv_lora_rank]
+        return q, kv, None
 
     def _expand(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write out the keys and values of every head."""

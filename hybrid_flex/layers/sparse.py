@@ -43,18 +43,27 @@ class SparseLayer(nn.Module):
     o_proj: nn.Linear
     backend: str
     indexer: LightningIndexer | None
+    value_dim: int | None = None
 
     def _project(self, x: Tensor, positions: Tensor) -> Projected:
         """Make queries and rows of the cache of x ``[B, T, D]``, whose tokens stand at ``positions [T]`` or [B, T]."""
         raise NotImplementedError
 
-    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn queries and a cache ``[B, S, Hkv, X]`` into ``q [B, T, H, D]``, ``k [B, S, Hkv, D]`` and v, Dv wide."""
+    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Turn queries and a cache ``[B, S, Hkv, X]`` into ``q [B, T, H, D]``, ``k [B, S, Hkv, D]`` and v, Dv wide.
+
+        No v where the values are the first ``value_dim`` columns of k.
+        """
         raise NotImplementedError
 
     def _output(self, o: Tensor) -> Tensor:
         """Turn what was attended to, ``[B, T, H, DV]``, into ``y [B, T, D]``."""
         raise NotImplementedError
+
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor) -> Tensor:
+        value_dim = self.value_dim if v is None else None
+        o, _ = sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend, value_dim=value_dim)
+        return o
 
     def forward(
         self,
@@ -138,11 +147,12 @@ class SparseLayer(nn.Module):
                     indices = self.indexer.tokens(selection, query_start=start)
 
         if stage == "dense":
-            o = dense_attention(q, k, v, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
+            values = k[..., : self.value_dim] if v is None else v
+            o = dense_attention(q, k, values, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
         else:
             if indices is None:
                 raise ValueError(f"{type(self).__name__}: indices must come from an earlier layer, got None")
-            o, _ = sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend)
+            o = self._attend_to(q, k, v, indices)
         y = self._output(o)
 
         loss = torch.zeros((), device=x.device)
@@ -276,8 +286,7 @@ class SparseLayer(nn.Module):
         cache.lengths += x.shape[1]
         rows, kv = cache.attended(indices)
         q, k, v = self._attended(q, kv)
-        o, _ = sparse_attention(q, k, v, rows, scale=self.scale, backend=self.backend)
-        return self._output(o), indices
+        return self._output(self._attend_to(q, k, v, rows)), indices
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -121,28 +121,29 @@ def store_piece(p_rows, b_x, m_rows, FIRST: tl.constexpr, PIECE: tl.constexpr, W
 
 
 @triton.jit
-def place(i_program, T, H: tl.constexpr, HKV: tl.constexpr, BH: tl.constexpr):
+def place(i_program, num_tokens, T, first, H: tl.constexpr, HKV: tl.constexpr, BH: tl.constexpr):
     """Return token (of all of them), batch entry and key head of a program, and its heads ``[BH, 1]`` with their mask.
 
-    Tiles of the heads of one token run side by side: they gather the same rows.
+    Programs serve ``num_tokens`` tokens from ``first`` on.  Tiles of the heads of one token run side by side, as they
+    gather the same rows; all tokens of a key head run before the next one's, so that its rows stay in the cache.
     """
     G: tl.constexpr = H // HKV
     TILES: tl.constexpr = (G + BH - 1) // BH
-    i_kv = ((i_program // TILES) % HKV).to(tl.int64)
-    i_token = (i_program // (TILES * HKV)).to(tl.int64)
+    i_kv = (i_program // (TILES * num_tokens)).to(tl.int64)
+    i_token = (i_program // TILES % num_tokens).to(tl.int64) + first
     i_group = (i_program % TILES) * BH + tl.arange(0, BH)[:, None]
     return i_token, i_token // T, i_kv, i_token * H + i_kv * G + i_group, i_group < G
 
 
-@triton.jit(do_not_specialize=["T", "J"])
+@triton.jit(do_not_specialize=["num_tokens", "T", "J"])
 def gather_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, T, J, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of one token for a tile of heads that share a key head."""
-    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), T, H, HKV, BH)
+    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, 0, H, HKV, BH)
     MASKED: tl.constexpr = (H // HKV) % BH != 0
     p_slots += i_token * J
     p_k += i_batch * k_batch + i_kv * k_head
@@ -203,7 +204,7 @@ def gather_kernel(
     b_r = (1.0 / b_total)[:, None]
     # Where the results go is computed anew: kept through the loop, the addresses would take registers from the sums.
     # The number is not negative, which the compiler does not know.
-    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.minimum(number, 0), T, H, HKV, BH)
+    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.minimum(number, 0), num_tokens, T, 0, H, HKV, BH)
     p_rows = p_o + i_row * V
     store_piece(p_rows, b_o0 * b_r, m_head, 0, VPIECE, V)
     if VPIECES > 1:
@@ -313,6 +314,6 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
     grid = (B * T * HKV * -(-(H // HKV) // tiles["BH"]),)
     launchable(gather_kernel)[grid](
-        q.contiguous(), k, v, indices.contiguous(), o, lse, float(scale), T, J, *k.stride()[:3], *v.stride()[:3],
+        q.contiguous(), k, v, indices.contiguous(), o, lse, float(scale), B * T, T, J, *k.stride()[:3], *v.stride()[:3],
         **constants, **tiles, num_stages=tiles["STAGES"],
     )  # fmt: skip

@@ -1,23 +1,24 @@
-"""Attention over selected rows, backward: weights of a piece of the queries first, then everything by columns.
+"""Attention over selected rows, backward.
 
 With delta = do . o - dlse, x_j the selected row of x, and a head's slots j::
 
-    p_j  = exp(scale q . k_j - lse)             e_j = p_j (do . v_j - delta)            weights_kernel
-    dq   = scale sum_j e_j k_j                  dk_j += scale sum_heads e_j q           rows_kernel, slices of D
-    dv_j += sum_heads p_j do                                                            rows_kernel, slices of V
+    p_j  = exp(scale q . k_j - lse)             e_j = p_j (do . v_j - delta)
+    dq   = scale sum_j e_j k_j                  dk_j += scale sum_heads e_j q           dv_j += sum_heads p_j do
 
-p and e are left in a workspace, in q's dtype.  That the scale comes last keeps e away from float16's smallest numbers.
+Where rows are narrow one kernel does all of it.  Of wide rows the weights of a piece of the queries come first
+(weights_kernel leaves p and e in a workspace, in q's dtype), then everything else by columns (rows_kernel).  That the
+scale comes last keeps e away from float16's smallest numbers.
 
 # NOTE [Slices of columns]
-The gradient of one token's queries, 64 x 576 sums of float32, does not fit the registers beside the rest, and its
-1088 of every selected row are added to memory.  By slices of columns the sums are few, and the weights are read again
-for each: 128 bytes a token and key with 64 heads and 16 bits, where 512 bytes are added.  All tokens of a slice run
-before the next slice begins: of the gradients of 32,768 rows one slice of 128 columns is 16 MiB, which stays in the
-cache of an H100, and the whole, 136 MiB, does not.
+The gradient of one token's queries, 64 x 576 sums of float32, does not fit the registers beside the rest, and so many
+of every selected row are added to memory.  By slices of columns the sums are few, and the weights are read again for
+each: 256 bytes a token and key with 64 heads and 16 bits, where 512 bytes are added.  All tokens of a slice run before
+the next slice begins: of the gradients of 32,768 rows one slice of 128 columns is 16 MiB, which stays in the cache of
+an H100, and the whole, 72 MiB, does not.
 
-# NOTE [Two sums]
-Gradients of keys and values are added up apart from each other, also where the values are the first columns of the
-keys: the operator owes one to each argument, although their sum is all that reaches the tensor below.
+# NOTE [One sum]
+Atomics bound all of this (2.3 TB/s on an H100).  Where the caller says that the values are the first columns of the
+keys, both gradients are one sum, and are added to memory once.  Elsewhere each argument gets its own.
 
 # NOTE [Sums apart]
 The products of a row's pieces are added after they are scaled, not accumulated one onto the other: Triton gives a
@@ -28,6 +29,8 @@ The workspace holds both weights of as many tokens as fit `WORKSPACE_BYTES`; lon
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import triton
 import triton.language as tl
@@ -60,8 +63,48 @@ WORKSPACE_BYTES = 256 * 2**20
 SLOT_TILE = 64
 """Rows of the workspace are padded to whole tiles of slots."""
 SLICE = 128
+WIDEST_NARROW = 128
+"""Columns of rows that narrow_kernel takes."""
 MOST_ROWS = 128
 """Heads that one program of rows_kernel adds up before it adds to memory; more take several."""
+
+
+@triton.jit
+def load_slice(
+    p_rows, c0, m_rows, WIDTH: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """Load BC columns from ``c0`` on of rows ``[N, 1]`` of WIDTH; zeros outside, and where ``m_rows`` is false.
+
+    WHOLE says that no row ends inside of the columns, which need no mask then.
+    """
+    if WHOLE:
+        b_x = load_piece(p_rows + c0, m_rows, 0, BC, BC, MASKED)
+    else:
+        i_column = c0 + tl.arange(0, BC)[None, :]
+        if MASKED:
+            b_x = tl.load(p_rows + i_column, mask=m_rows & (i_column < WIDTH), other=0.0)
+        else:
+            b_x = tl.load(p_rows + i_column, mask=i_column < WIDTH, other=0.0)
+    return b_x
+
+
+@triton.jit
+def load_weights(p_w, m_head, MASKED: tl.constexpr):
+    if MASKED:
+        b_w = tl.load(p_w, mask=m_head, other=0.0)
+    else:
+        b_w = tl.load(p_w)
+    return b_w
+
+
+@triton.jit
+def add_rows(p_rows, b_x, b_slot, i_column, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Add b_x to columns ``i_column [1, N]`` of the rows whose slots are in use."""
+    m_row = (b_slot >= 0)[:, None]
+    if WHOLE:
+        tl.atomic_add(p_rows + i_column, b_x, mask=m_row, sem="relaxed")
+    else:
+        tl.atomic_add(p_rows + i_column, b_x, mask=m_row & (i_column < WIDTH), sem="relaxed")
 
 
 @triton.jit
@@ -70,20 +113,17 @@ def _delta(p_o, b_do, i_row, m_head, FIRST: tl.constexpr, PIECE: tl.constexpr, V
     return tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
 
 
-@triton.jit(do_not_specialize=["T", "J", "first", "BLOCKS"])
+@triton.jit(do_not_specialize=["num_tokens", "T", "J", "first", "BLOCKS"])
 def weights_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_p, p_e, scale, T, J, first, BLOCKS,
+    p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_p, p_e, scale, num_tokens, T, J, first, BLOCKS,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute p and e of one token, from ``first`` on, for a tile of heads: ``[token, H, BLOCKS, SLOT_TILE]``."""
-    G: tl.constexpr = H // HKV
-    TILES: tl.constexpr = (G + BH - 1) // BH
-    i_program = tl.program_id(0) + tl.cast(first, tl.int64) * (TILES * HKV)
-    i_token, i_batch, i_kv, i_row, m_head = place(i_program, T, H, HKV, BH)
-    MASKED: tl.constexpr = G % BH != 0
+    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, first, H, HKV, BH)
+    MASKED: tl.constexpr = (H // HKV) % BH != 0
     p_slots += i_token * J
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
@@ -141,63 +181,103 @@ def weights_kernel(
         tl.store(p_e + o_row + j, b_e.to(p_e.dtype.element_ty), mask=m_head)
 
 
-@triton.jit(do_not_specialize=["S", "T", "J", "first", "num_tokens", "BLOCKS"])
+@triton.jit(do_not_specialize=["S", "T", "J", "first", "num_tokens", "BLOCKS", "first_slice"])
 def rows_kernel(
-    p_w, p_x, p_k, p_slots, p_dx, p_dq, factor, S, T, J, first, num_tokens, BLOCKS, k_batch, k_row, k_head,
-    H: tl.constexpr, HKV: tl.constexpr, WIDTH: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    DQ: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
+    p_e, p_p, p_q, p_do, p_k, p_slots, p_dx, p_dq, scale, S, T, J, first, num_tokens, BLOCKS, first_slice,
+    k_batch, k_row, k_head,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BH: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add ``factor sum_heads w_j x`` to the selected rows of dx ``[B, S, HKV, WIDTH]``: one token, a slice of columns.
+    """Add to the selected rows of dx ``[B, S, HKV, WIDTH]``: one token, a slice of columns from ``first_slice`` on.
 
-    With ``DQ`` also compute that slice of ``dq = factor sum_j w_j k_j``.
+    KEYS adds ``scale sum_heads e_j q`` and computes the slice of dq as well, VALUES adds ``sum_heads p_j do``.
     """
     G: tl.constexpr = H // HKV
     TILES: tl.constexpr = (G + BH - 1) // BH
     programs = num_tokens * (TILES * HKV)
-    i_slice = tl.program_id(0) // programs
-    i_program = tl.program_id(0) % programs + tl.cast(first, tl.int64) * (TILES * HKV)
-    i_token, i_batch, i_kv, i_row, m_head = place(i_program, T, H, HKV, BH)
+    c0 = (first_slice + tl.program_id(0) // programs) * BC
+    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0) % programs, num_tokens, T, first, H, HKV, BH)
     MASKED: tl.constexpr = G % BH != 0
     p_slots += i_token * J
     number, _, last_row = look_through(p_slots, J)
-    factor = tl.cast(factor, tl.float32)
+    scale = tl.cast(scale, tl.float32)
 
-    i_column = i_slice * BC + tl.arange(0, BC)[None, :]
-    # Slices that end where the row does are all whole; a pointer is moved by its slice, so that load_piece sees none.
-    m_column = i_column < WIDTH
-    WHOLE: tl.constexpr = WIDTH % BC == 0
-    if WHOLE:
-        b_x = load_piece(p_x + i_row * WIDTH + i_slice * BC, m_head, 0, BC, BC, MASKED)
-    else:
-        b_x = tl.load(p_x + i_row * WIDTH + i_column, mask=m_head & m_column, other=0.0)
-    p_dx += (i_batch * S * HKV + i_kv) * WIDTH
-    if DQ:
+    i_column = c0 + tl.arange(0, BC)[None, :]
+    if KEYS:
+        b_q = load_slice(p_q + i_row * D, c0, m_head, D, BC, WHOLE, MASKED)
         p_k += i_batch * k_batch + i_kv * k_head
         b_dq = tl.zeros([BH, BC], tl.float32)
-    p_w += (i_row - tl.cast(first, tl.int64) * H) * BLOCKS * SLOT_TILE + tl.arange(0, BN)[None, :]
+    if VALUES:
+        b_do = load_slice(p_do + i_row * V, c0, m_head, V, BC, WHOLE, MASKED)
+    p_dx += (i_batch * S * HKV + i_kv) * WIDTH
+    o_w = (i_row - tl.cast(first, tl.int64) * H) * BLOCKS * SLOT_TILE + tl.arange(0, BN)[None, :]
     for j in tl.range(0, number, BN, num_stages=STAGES):
-        if MASKED:
-            b_w = tl.load(p_w + j, mask=m_head, other=0.0)
-        else:
-            b_w = tl.load(p_w + j)
         b_slot = load_slots(p_slots, j, number, BN)
-        if DQ:
-            p_keys = row_pointers(p_k, b_slot, last_row, k_row)
-            if WHOLE:
-                b_k = load_piece(p_keys + i_slice * BC, None, 0, BC, BC, False)
-            else:
-                b_k = tl.load(p_keys + i_column, mask=m_column, other=0.0)
-            b_dq = tl.dot(b_w, b_k, b_dq, input_precision=PRECISION)
-        b_dx = tl.dot(tl.trans(b_w), b_x, input_precision=PRECISION) * factor
-        p_rows = row_pointers(p_dx, b_slot, last_row, HKV * WIDTH)
-        m_row = (b_slot >= 0)[:, None]
-        if WHOLE:
-            tl.atomic_add(p_rows + i_column, b_dx, mask=m_row, sem="relaxed")
+        if KEYS:
+            b_e = load_weights(p_e + o_w + j, m_head, MASKED)
+            b_k = load_slice(row_pointers(p_k, b_slot, last_row, k_row), c0, None, D, BC, WHOLE, False)
+            b_dq = tl.dot(b_e, b_k, b_dq, input_precision=PRECISION)
+            b_dx = tl.dot(tl.trans(b_e), b_q, input_precision=PRECISION) * scale
+            if VALUES:
+                b_p = load_weights(p_p + o_w + j, m_head, MASKED)
+                b_dx += tl.dot(tl.trans(b_p), b_do, input_precision=PRECISION)
         else:
-            tl.atomic_add(p_rows + i_column, b_dx, mask=m_row & m_column, sem="relaxed")
-    if DQ:
-        p_dq += i_row * WIDTH + i_column
-        tl.store(p_dq, (b_dq * factor).to(p_dq.dtype.element_ty), mask=m_head & m_column)
+            b_p = load_weights(p_p + o_w + j, m_head, MASKED)
+            b_dx = tl.dot(tl.trans(b_p), b_do, input_precision=PRECISION)
+        add_rows(row_pointers(p_dx, b_slot, last_row, HKV * WIDTH), b_dx, b_slot, i_column, WIDTH, WHOLE)
+    if KEYS:
+        p_dq += i_row * D + i_column
+        tl.store(p_dq, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_head & (i_column < D))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "S", "T", "J"])
+def narrow_kernel(
+    p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_dq, p_dk, p_dv, scale, num_tokens, S, T, J,
+    k_batch, k_row, k_head, v_batch, v_row, v_head,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
+    SHARED: tl.constexpr, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Compute dq of one token for a tile of heads, and add what it gives to dk and dv: rows of one piece each."""
+    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, 0, H, HKV, BH)
+    MASKED: tl.constexpr = (H // HKV) % BH != 0
+    p_slots += i_token * J
+    p_k += i_batch * k_batch + i_kv * k_head
+    p_v += i_batch * v_batch + i_kv * v_head
+    p_dk += (i_batch * S * HKV + i_kv) * D
+    p_dv += (i_batch * S * HKV + i_kv) * V
+    number, has_gaps, last_row = look_through(p_slots, J)
+    scale = tl.cast(scale, tl.float32)
+    b_q = load_piece(p_q + i_row * D, m_head, 0, PIECE, D, MASKED)
+    b_do = load_piece(p_do + i_row * V, m_head, 0, VPIECE, V, MASKED)
+    b_delta = _delta(p_o, b_do, i_row, m_head, 0, VPIECE, V, MASKED)[:, None]
+    b_delta -= tl.load(p_dlse + i_row, mask=m_head, other=0.0)
+    b_lse = tl.load(p_lse + i_row, mask=m_head, other=0.0) * LOG2_E
+    i_column, i_value = tl.arange(0, PIECE)[None, :], tl.arange(0, VPIECE)[None, :]
+    b_dq = tl.zeros([BH, PIECE], tl.float32)
+    for j in tl.range(0, number, BN, num_stages=STAGES):
+        b_slot = load_slots(p_slots, j, number, BN)
+        b_k = load_piece(row_pointers(p_k, b_slot, last_row, k_row), None, 0, PIECE, D, False)
+        if SHARED:
+            b_v = b_k
+        else:
+            b_v = load_piece(row_pointers(p_v, b_slot, last_row, v_row), None, 0, VPIECE, V, False)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2_E) - b_lse
+        # A head without keys has lse = -inf, and no slot that is asked for its weight.
+        b_p = tl.where(used_slots(p_slots, j, number, has_gaps, BN)[None, :], tl.exp2(b_s), 0.0)
+        b_e = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta)
+        b_p, b_e = b_p.to(p_q.dtype.element_ty), b_e.to(p_q.dtype.element_ty)
+        b_dq = tl.dot(b_e, b_k, b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_e), b_q, input_precision=PRECISION) * scale
+        b_dv = tl.dot(tl.trans(b_p), b_do, input_precision=PRECISION)
+        if ONE_SUM:  # NOTE [One sum]: the rows have one width
+            b_dk += b_dv
+        add_rows(row_pointers(p_dk, b_slot, last_row, HKV * D), b_dk, b_slot, i_column, D, D == PIECE)
+        if not ONE_SUM:
+            add_rows(row_pointers(p_dv, b_slot, last_row, HKV * V), b_dv, b_slot, i_value, V, V == VPIECE)
+    p_dq += i_row * D + i_column
+    tl.store(p_dq, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_head & (i_column < D))
 
 
 def weight_tiles(group: int, width: Widths, element_size: int, limit: int) -> dict[str, int]:
@@ -218,23 +298,37 @@ def weight_tiles(group: int, width: Widths, element_size: int, limit: int) -> di
     return {"BH": BH, "BN": BN, "STAGES": stages, "num_warps": 8 if BH * held > 16384 else 4}
 
 
-def row_tiles(group: int, columns: int, of_keys: bool, element_size: int, limit: int) -> dict[str, int]:
+def row_tiles(group: int, columns: int, num_weights: int, element_size: int, limit: int) -> dict[str, int]:
     """Choose tiles of rows_kernel for a row of so many columns; two blocks side by side where that is possible."""
     BH = min(MOST_ROWS, max(16, next_power_of_2(group)))
     if element_size == 4:
         return {"BH": min(BH, 32), "BN": 32, "BC": NARROWEST, "STAGES": 1, "num_warps": 4}
     BN, BC = 64, NARROWEST if columns <= NARROWEST else SLICE
     # The sums of a tile pass through shared memory, in float32, on their way to the rows.
-    stages = {n: (BH * BC + n * BN * (BH + of_keys * BC)) * element_size + 4 * BN * BC + 1024 for n in (3, 2)}
+    stages = {n: num_weights * (BH * BC + n * BN * (BH + BC)) * element_size + 4 * BN * BC + 1024 for n in (3, 2)}
     fitting = [n for bound in (limit // 2, limit) for n in stages if stages[n] <= bound]
     num_warps = 8 if BH * BC >= 8192 else 4
     return {"BH": BH, "BN": BN, "BC": BC, "STAGES": fitting[0] if fitting else 1, "num_warps": num_warps}
 
 
+def narrow_tiles(group: int, width: Widths, element_size: int, limit: int) -> dict[str, int] | None:
+    """Choose tiles of narrow_kernel, or None where rows are too wide for it."""
+    if width.REST > 0 or max(width.PIECE, width.VPIECE) > WIDEST_NARROW or width.PIECES * width.VPIECES > 1:
+        return None
+    if element_size == 4:
+        return {"BH": 16, "BN": 32, "STAGES": 1, "num_warps": 4}
+    BH, BN = min(64, max(16, next_power_of_2(group))), 64
+    held = BH * (width.PIECE + width.VPIECE) + 2 * BH * BN
+    sums = 4 * BN * max(width.PIECE, width.VPIECE)
+    sizes = {n: (held + n * BN * width.loaded_columns) * element_size + sums + 1024 for n in (2, 1)}
+    fitting = [n for n in sizes if sizes[n] <= limit]
+    return {"BH": BH, "BN": BN, "STAGES": fitting[0], "num_warps": 8 if BH == 64 else 4} if fitting else None
+
+
 @on_its_device
 def launch_gather_backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor, scale: float,
-    *, dq: Tensor, dk: Tensor, dv: Tensor,
+    *, dq: Tensor, dk: Tensor, dv: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the gradient of q to ``dq``, and add those of k and v to ``dk`` and ``dv``.
 
@@ -246,33 +340,55 @@ def launch_gather_backward(
         o, lse: its outputs.
         dq: output, ``[B, T, H, D]``, contiguous, in q's dtype.
         dk: float32 ``[B, S, Hkv, D]``, contiguous, zero before.
-        dv: float32 ``[B, S, Hkv, Dv]``, contiguous, zero before.
+        dv: float32 ``[B, S, Hkv, Dv]``, contiguous, zero before; None where v is the first columns of k, whose gradient
+            is then that of both.
     """
     constants, width = sizes_of(q, k, v)
     k = dense_rows(k)
     v = k if width.SHARED else dense_rows(v)
     do, dlse, q, indices, o, lse = (x.contiguous() for x in (do, dlse, q, indices, o, lse))
-    H, HKV, precision = constants["H"], constants["HKV"], constants["PRECISION"]
+    H, HKV, D, V = (constants[name] for name in ("H", "HKV", "D", "V"))
     group, size, limit = H // HKV, q.element_size(), device_limits(q.device)[0]
     (B, T), J, S = q.shape[:2], indices.shape[2], k.shape[1]
+    strides = (*k.stride()[:3], *v.stride()[:3])
+    tiles = narrow_tiles(group, width, size, limit)
+    if tiles is not None and (dv is not None or D == V):
+        launchable(narrow_kernel)[(B * T * HKV * -(-group // tiles["BH"]),)](
+            q, k, v, indices, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T, J,
+            *strides, **constants, ONE_SUM=dv is None, **tiles, num_stages=tiles["STAGES"],
+        )  # fmt: skip
+        return
     blocks = -(-J // SLOT_TILE)
     # NOTE [Pieces of queries]
     most = max(1, WORKSPACE_BYTES // max(1, 2 * H * blocks * SLOT_TILE * size))
-    work = q.new_empty(2, min(most, B * T), H, blocks, SLOT_TILE)
-    strides = k.stride()[:3]
+    p, e = q.new_empty(2, min(most, B * T), H, blocks, SLOT_TILE)
     tiles = weight_tiles(group, width, size, limit)
     for first in range(0, B * T, most):
         number = min(most, B * T - first)
         launchable(weights_kernel)[(number * HKV * -(-group // tiles["BH"]),)](
-            q, k, v, indices, o, lse, do, dlse, *work, float(scale), T, J, first, blocks, *strides, *v.stride()[:3],
+            q, k, v, indices, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
             **constants, **tiles, SLOT_TILE=SLOT_TILE, num_stages=tiles["STAGES"],
         )  # fmt: skip
-        for weights, x, dx, factor, of_keys in ((work[1], q, dk, scale, True), (work[0], do, dv, 1.0, False)):
-            columns = int(x.shape[-1])
-            cut = row_tiles(group, columns, of_keys, size, limit)
-            grid = (-(-columns // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
+        for dx, begin, end, of_keys, of_values in _sums(dk, dv, D, V):
+            cut = row_tiles(group, end - begin, of_keys + of_values, size, limit)
+            whole = (end - begin) % cut["BC"] == 0 and (not of_values or end <= V)
+            grid = (-(-(end - begin) // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
             launchable(rows_kernel)[grid](
-                weights, x, k, indices, dx, dq, float(factor), S, T, J, first, number, blocks, *strides,
-                H=H, HKV=HKV, WIDTH=columns, DQ=of_keys, PRECISION=precision, SLOT_TILE=SLOT_TILE, **cut,
+                e, p, q, do, k, indices, dx, dq, float(scale), S, T, J, first, number, blocks, begin // cut["BC"],
+                *strides[:3], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole, KEYS=of_keys,
+                VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,
                 num_stages=cut["STAGES"],
             )  # fmt: skip
+
+
+def _sums(dk: Tensor, dv: Tensor | None, D: int, V: int) -> Iterator[tuple[Tensor, int, int, bool, bool]]:
+    """Yield what rows_kernel adds to, columns from and up to, and whether gradients of keys and of values go there."""
+    if dv is not None:
+        yield dk, 0, D, True, False
+        yield dv, 0, V, False, True
+        return
+    if V % SLICE > 0:  # a slice with columns of both
+        V = D
+    yield dk, 0, V, True, True
+    if D > V:
+        yield dk, V, D, True, False

@@ -14,6 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NONE = tl.constexpr(-(2**31))
+"""What stands where there is no key; no score is as small."""
+
 
 @triton.jit
 def sortable(x):
@@ -94,7 +97,8 @@ def scores_kernel(
     if SCALED:  # the queries' scales are in w
         b_I *= tl.load(p_scale + i_block * stride_scale + i_row, mask=m_s, other=0.0)[None, :]
     offsets = (i_b * rows + i_r).to(tl.int64)[:, None] * stride_keys + i_s[None, :]
-    tl.store(p_keys + offsets, sortable(b_I), mask=m_t[:, None] & (i_s < stride_keys)[None, :])
+    seen = (i_s[None, :] >= first[:, None]) & (i_s[None, :] < last[:, None])
+    tl.store(p_keys + offsets, tl.where(seen, sortable(b_I), NONE), mask=m_t[:, None] & (i_s < stride_keys)[None, :])
 
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
@@ -124,4 +128,5 @@ def few_scores_kernel(
     if SCALED:
         b_I *= tl.load(p_scale + i_block * stride_scale + i_row, mask=m_s, other=0.0)
     p_keys += (i_b * rows + i_r).to(tl.int64) * stride_keys + i_s
-    tl.store(p_keys, sortable(b_I), mask=i_s < stride_keys)
+    seen = (i_s >= first) & (i_s < last)
+    tl.store(p_keys, tl.where(seen, sortable(b_I), NONE), mask=i_s < stride_keys)

@@ -1,14 +1,16 @@
 """Second kernel of the lightning indexer: the topk largest of a row of sortable integers, exactly.
 
-NOTE [Selection]: a block of threads holds WIDTH columns of a row in registers and looks for the topk-th largest value
-x* by splitting the range of values in three: how many are at least a, how many at least b, in one sum.  Kept is what is
-above x*, and of what equals x* the lowest columns until topk are kept; a running sum over the columns says where each
-goes, so the result is in ascending order of columns whatever the order of threads.  The search ends early where exactly
-topk values are at least a or b, for real scores after a dozen sums.
+NOTE [Selection]: one block of threads walks over a row.  It holds WIDTH candidates in registers, finds the topk-th
+largest value x* among them and keeps what is above x*, and of what equals x* the lowest columns until topk are kept.
+Of the rest of the row only what is above x* can still be among the topk (a later column loses against an equal one);
+that is appended until WIDTH candidates are together again, and so on to the end of the row.  For scores in any order a
+row of n columns costs about log(n / topk) selections, in ascending order one for every WIDTH - topk columns.  A running
+count over the columns says where each candidate goes, so that they stay in ascending order of columns.
 
-Rows wider than WIDTH are cut into segments; what each segment keeps, at most topk, is the row of the next round.  A
-column that is not among the topk of its segment is not among those of its row, and lower segments come first, so that
-among equals the lower column still wins.
+x* is searched by counting: how many are at least a, how many at least b, in one sum.  The first a and b come from mean
+and deviation of a sample as if scores were normal, the next from the line through the last two counts, and where that
+did not halve the candidates, a and b cut the range of integers in three.  The search ends early where exactly topk are
+at least a or b: for real scores after six sums, at worst after some forty.
 """
 
 from __future__ import annotations
@@ -16,95 +18,249 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .scores import visible_range
+from .scores import NONE, sortable, visible_range
 
-NONE = tl.constexpr(-(2**31))
-"""What stands where there is no key; no score is as small."""
+VECTOR = tl.constexpr(4)
+"""Columns side by side that one thread holds: tiles are ``[VECTOR, columns / VECTOR]``, 16 bytes a load."""
+ALIGNED = tl.constexpr(16)
+"""Columns to which loads are rounded, so that they are whole vectors; the launcher's rows are as long."""
+LANES = tl.constexpr(32)
+"""Threads of a warp."""
+BYTES = tl.constexpr(4)
+"""Counts that one word holds."""
+SAMPLE = tl.constexpr(8)
+"""One of so many candidates is in the sample."""
 
 
 @triton.jit
-def kth_largest(b_x, k, LARGE: tl.constexpr):
-    """Return x and m, so that of ``b_x`` what is above x and m of what equals x are its k largest; it has k or more."""
-    low = tl.min(tl.where(b_x == NONE, LARGE, b_x), 0).to(tl.int64)
-    high = tl.max(b_x, 0).to(tl.int64)
+def as_float(x):
+    """Turn a sortable integer back into float32."""
+    return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def guess(p_keys, number, k, SIZE: tl.constexpr):
+    """Return two values, as floats, that the k-th largest of ``p_keys[:number]`` may lie between."""
+    i = tl.arange(0, SIZE) * tl.maximum(number // SIZE, 1)
+    b_x = tl.load(p_keys + i, mask=i < number, other=NONE)
+    m = b_x != NONE
+    b_v = tl.where(m, as_float(b_x), 0.0)
+    size = tl.sum(m.to(tl.int32), 0).to(tl.float32)
+    mean = tl.sum(b_v, 0) / size
+    deviation = tl.sqrt(tl.maximum(tl.sum(b_v * b_v, 0) / size - mean * mean, 0.0))
+    # The quantile of the logistic distribution, in deviations of the normal one that it resembles.
+    middle = 0.6 * tl.log((number - k).to(tl.float32) / k)
+    return mean + (middle - 0.1) * deviation, mean + (middle + 0.1) * deviation
+
+
+@triton.jit
+def kth_largest(b_x, k, lower, upper):
+    """Return x and m, so that of ``b_x`` what is above x and m of what equals x are its k largest; it has k or more.
+
+    Args:
+        b_x: sortable integers.
+        k: how many.
+        lower: float where the search begins.
+        upper: the other one.
+    """
+    low, high = tl.full((), NONE, tl.int32), tl.full((), 0x7FFFFFFF, tl.int32)
+    # At least k are >= low, in number from_low, and fewer than k are > high, in number above.
+    from_low, above = tl.full((), 1 << 20, tl.int32), tl.full((), 0, tl.int32)
     missing = tl.full((), 1, tl.int32)  # 0 once exactly k are known to be above low
-    # At least k values are >= low, fewer than k are > high.
+    stalled = low > high
     while low < high:
-        third = (high - low) // 3
-        a = low + 1 + third
-        b = tl.minimum(a + third + 1, high)
-        counts = tl.sum((b_x >= a.to(tl.int32)).to(tl.int32) + ((b_x >= b.to(tl.int32)).to(tl.int32) << 16), 0)
+        a, b = sortable(lower), sortable(upper)
+        if stalled:
+            third = (((high.to(tl.int64) - low) * 0x5555) >> 16).to(tl.int32)
+            # Zero first: there the ReLU leaves plateaus.
+            zero = (low <= 0) & (high >= 0)
+            a, b = tl.where(zero, 0, low + 1 + third), tl.where(zero, 1, high - third)
+        a = tl.minimum(tl.maximum(a, low + 1), high)
+        b = tl.minimum(tl.maximum(b, a), high)
+        counts = tl.sum(tl.where(b_x >= b, 0x10001, tl.where(b_x >= a, 1, 0)))
         from_a, from_b = counts & 0xFFFF, counts >> 16
+        held = from_low - above
         if from_b == k:
             low, high, missing = b - 1, b - 1, missing * 0
         elif from_a == k:
             low, high, missing = a - 1, a - 1, missing * 0
         elif from_b > k:
-            low = b
+            low, from_low = b, from_b
         elif from_a > k:
-            low, high = a, b - 1
+            low, high, from_low, above = a, b - 1, from_a, from_b
         else:
-            high = a - 1
-    x = low.to(tl.int32)
-    return x, missing * (k - tl.sum((b_x > x).to(tl.int32), 0))
+            high, above = a - 1, from_a
+        stalled = (2 * (from_low - above) > held) | (from_a == from_b)
+        # The line through both counts meets k at centre; as many columns either way as counts deviate from a line.
+        value = as_float(b)
+        between = tl.maximum(from_a - from_b, 1).to(tl.float32)
+        slope = (value - as_float(a)) / between
+        centre = value + ((from_b - k).to(tl.float32) + 0.5) * slope
+        beyond = tl.minimum(tl.abs(from_a - k), tl.abs(from_b - k)).to(tl.float32)
+        inside = (from_a > k) & (from_b < k)
+        margin = slope * tl.where(inside, 0.35 * tl.sqrt(between), tl.maximum(0.25 * beyond, 1.0))
+        lower, upper = centre - margin, centre + margin
+    return low, missing * (k - above)
+
+
+@triton.jit
+def tile_columns(SIZE: tl.constexpr):
+    """Return 0 to SIZE as a tile ``[VECTOR, SIZE / VECTOR]``."""
+    return tl.arange(0, SIZE // VECTOR)[None, :] * VECTOR + tl.arange(0, VECTOR)[:, None]
+
+
+@triton.jit
+def _aligned(i):
+    return (i + (ALIGNED - 1)) // ALIGNED * ALIGNED
+
+
+@triton.jit
+def load_columns(p_keys, last, EXACT: tl.constexpr, SIZE: tl.constexpr):
+    """Load SIZE columns, NONE from ``last`` on; if not EXACT, what stands to the end of a vector is NONE already."""
+    i_c = tile_columns(SIZE)
+    end = last
+    if not EXACT:
+        end = _aligned(last)
+    return tl.load(p_keys + i_c, mask=i_c < end, other=NONE)
+
+
+@triton.jit
+def places(m):
+    """Return how many of ``m [VECTOR, columns / VECTOR]`` are True left of each stack of VECTOR, and in all."""
+    # Runs are the stacks that one warp holds side by side: within them no thread waits for another warp.  A run counts
+    # to 128 at most, so that one word counts in BYTES runs.
+    stacks: tl.constexpr = m.shape[1]
+    runs = tl.reshape(tl.sum(m.to(tl.int32), 0), (BYTES, stacks // LANES // BYTES, LANES))
+    shift = tl.arange(0, BYTES)[:, None, None] * 8
+    packed = tl.sum(runs << shift, 0)
+    within = ((tl.cumsum(packed, 1)[None, :, :] >> shift) & 0xFF) - runs
+    totals = tl.reshape((tl.sum(packed, 1)[None, :, None] >> shift) & 0xFF, (stacks // LANES,))
+    before = tl.reshape(tl.cumsum(totals, 0) - totals, (BYTES, stacks // LANES // BYTES))
+    return tl.reshape(within + before[:, :, None], (stacks,)), tl.sum(totals, 0)
+
+
+@triton.jit
+def row_of(b_x, i: tl.constexpr):
+    """Return row i of ``b_x [VECTOR, columns / VECTOR]``, which every thread has of its own columns."""
+    return tl.sum(tl.where(tl.arange(0, VECTOR)[:, None] == i, b_x, 0), 0)
+
+
+@triton.jit
+def store_above(b_x, x, i_to, start, p_list, listed, p_to, p_to_keys, with_keys):
+    """Store the columns of what is above x in ``b_x`` to ``p_to + i_to``, which places() gave, and its keys.
+
+    Column c of the tile is ``start + c``, or stands in ``p_list + c``.  The tile goes row by row: a store of all of it
+    would first deal the columns to other threads.
+    """
+    i_c = tile_columns(b_x.shape[1] * VECTOR)
+    for i in tl.static_range(VECTOR):
+        b_row = row_of(b_x, i)
+        i_row = row_of(i_c, i)
+        m = b_row > x
+        columns = start + i_row
+        if listed:
+            columns = tl.load(p_list + i_row, mask=m, other=0)
+        tl.store(p_to + i_to, columns, mask=m)
+        if with_keys:
+            tl.store(p_to_keys + i_to, b_row, mask=m)
+        i_to += m.to(tl.int32)
+
+
+@triton.jit
+def without_ties(b_x, x, missing):
+    """Take out of ``b_x`` what equals x, but for the first columns, ``missing`` in number."""
+    ties = b_x == x
+    i_tie, _ = places(ties)
+    i_tie = i_tie[None, :] + tl.cumsum(ties.to(tl.int32), 0)
+    return tl.where(ties & (i_tie > missing), NONE, b_x)
 
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start", "width"])
 def select_kernel(
-    p_keys, p_columns, p_first, p_last, p_out_keys, p_out, stride_keys, stride_out_b, start, rows, T, S,
-    query_start, width, TOPK: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, KPOOL: tl.constexpr,
+    p_keys, p_columns, p_kept, p_first, p_last, p_out_keys, p_out, stride_keys, stride_out_b, start, rows, T, S,
+    query_start, width, span, TOPK: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, KPOOL: tl.constexpr,
     CAUSAL: tl.constexpr, SEES: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Keep the TOPK best of one segment of one query's row of keys, ``[batch, rows, stride_keys]``.
+    """Keep the TOPK best of ``span`` columns of one query's row of keys, ``[batch, rows, stride_keys]``.
 
     In the FIRST round a row's columns are the keys' own numbers, and those a query sees count; later they stand in
-    ``p_columns``, beside their keys, and those that are not NONE count.  The LAST round, of one segment, writes int32
-    indices, -1 in unused slots; the others write keys and columns for the next round.
+    ``p_columns``, beside their keys, and those that are not NONE count.  The LAST round, of one span, writes int32
+    indices, -1 in unused slots; the other writes keys and columns for it.  Candidates lie where the first WIDTH keys
+    lay, their columns in ``p_kept [batch, rows, spans, 2, WIDTH]``.
     """
-    i_segment, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_span, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_row = (i_b * rows + i_r).to(tl.int64)
-    i_c, i_k = i_segment * WIDTH + tl.arange(0, WIDTH), tl.arange(0, BK)
+    i_k = tl.arange(0, BK)[None, :]
     m_k = i_k < TOPK
     p_keys += i_row * stride_keys
+    p_columns += i_row * stride_keys
+    slot = i_row * tl.num_programs(0) + i_span
+    p_kept += slot * (2 * WIDTH)
     if LAST:
         p_out += i_b.to(tl.int64) * stride_out_b + (start + i_r).to(tl.int64) * TOPK
     else:
-        slot = (i_row * tl.num_programs(0) + i_segment) * TOPK
-        p_out += slot
-        p_out_keys += slot
+        p_out += slot * TOPK
+        p_out_keys += slot * TOPK
+    first, last = i_span * span, tl.minimum(i_span * span + span, width)
     if FIRST:
-        first, last = visible_range(
+        from_key, to_key = visible_range(
             p_first, p_last, i_b, start + i_r, i_r < rows, T, S, query_start, KPOOL, CAUSAL, SEES
         )  # fmt: skip
-        seen = last - first
-        first = tl.maximum(first, i_segment * WIDTH)
-        count = tl.maximum(tl.minimum(last, i_segment * WIDTH + WIDTH) - first, 0)
-        if count <= TOPK:
-            tl.store(p_out + i_k, tl.where(i_k < count, first + i_k, -1), mask=m_k)
+        first = tl.maximum(first, from_key)
+        last = tl.maximum(tl.minimum(last, to_key), first)
+        if last - first <= TOPK:
+            tl.store(p_out + i_k, tl.where(i_k < last - first, first + i_k, -1), mask=m_k)
             if not LAST:
                 # A row that may keep all it sees has no scores; any do.
-                scored = tl.where(seen > TOPK, count, 0)
+                scored = tl.where(to_key - from_key > TOPK, last - first, 0)
                 b_x = tl.load(p_keys + first + i_k, mask=i_k < scored, other=0)
-                tl.store(p_out_keys + i_k, tl.where(i_k < count, b_x, NONE), mask=m_k)
+                tl.store(p_out_keys + i_k, tl.where(i_k < last - first, b_x, NONE), mask=m_k)
             return
-        b_x = tl.load(p_keys + i_c, mask=(i_c >= first) & (i_c < first + count), other=NONE)
-    else:
-        b_x = tl.load(p_keys + i_c, mask=i_c < width, other=NONE)
-        count = tl.sum((b_x != NONE).to(tl.int32), 0)
-    keep = tl.minimum(count, TOPK)
-    x, missing = tl.full((), NONE, tl.int32), tl.full((), 0, tl.int32)
-    if count > TOPK:
-        x, missing = kth_largest(b_x, TOPK, 0x7FFFFFFF)
-    running = tl.cumsum((b_x > x).to(tl.int32) + ((b_x == x).to(tl.int32) << 16), 0)
-    num_above, num_equal = running & 0xFFFF, running >> 16
-    m = (b_x > x) | ((b_x == x) & (num_equal <= missing))
-    i_slot = num_above + tl.minimum(num_equal, missing) - 1
-    if FIRST:
-        columns = i_c
-    else:
-        columns = tl.load(p_columns + i_row * stride_keys + i_c, mask=m, other=0)
-    tl.store(p_out + i_slot, columns, mask=m)
-    tl.store(p_out + i_k, tl.zeros_like(i_k) - 1, mask=m_k & (i_k >= keep))
+    # Candidates are the columns to `end` from `start` on, later those of the list whose keys begin where the row did.
+    # Their columns stand at p_list, the next ones go to one side of p_kept, and to the other.
+    start = first // ALIGNED * ALIGNED
+    p_keys += start
+    p_columns += start
+    p_list, side, listed = p_columns, 0, tl.full((), not FIRST, tl.int1)
+    last -= start
+    end, position, walking = tl.minimum(WIDTH, last), WIDTH, tl.full((), True, tl.int1)
+    while walking:
+        walking = position < last
+        b_x = load_columns(p_keys, end, not FIRST, WIDTH)
+        x = tl.full((), NONE, tl.int32)
+        above = x
+        if end > TOPK:
+            lower, upper = guess(p_keys, end, TOPK, WIDTH // SAMPLE)
+            x, missing = kth_largest(b_x, TOPK, lower, upper)
+            above = x
+            if (missing > 0) & (x != NONE):
+                b_x = without_ties(b_x, x, missing)
+                above = x - 1
+        i_to, kept = places(b_x > above)
+        p_to, p_to_keys = p_kept + side, p_keys
+        if not walking:
+            p_to, p_to_keys = p_out, p_out_keys
+        tl.debug_barrier()  # the candidates have been read
+        store_above(b_x, above, i_to, start, p_list, listed, p_to, p_to_keys, walking | (not LAST))
+        room = walking
+        while (position < last) & room:
+            position = tl.multiple_of(position, ALIGNED)
+            b_new = load_columns(p_keys + position, last - position, not FIRST, WIDTH // 2)
+            i_new, number = places(b_new > x)
+            room = kept + number <= WIDTH
+            if room:
+                p_to = p_kept + side + kept
+                store_above(
+                    b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to, p_keys + kept, True
+                )  # fmt: skip
+                kept += number
+                position += WIDTH // 2
+        if walking:
+            i_pad = kept + tl.arange(0, ALIGNED)
+            tl.store(p_keys + i_pad, tl.zeros_like(i_pad) + NONE, mask=i_pad < _aligned(kept))
+        tl.debug_barrier()
+        end, listed = kept, walking
+        p_list, side = p_kept + side, WIDTH - side
+    tl.store(p_out + i_k, tl.zeros_like(i_k) - 1, mask=m_k & (i_k >= end))
     if not LAST:
-        tl.store(p_out_keys + i_slot, b_x, mask=m)
-        tl.store(p_out_keys + i_k, tl.zeros_like(i_k) + NONE, mask=m_k & (i_k >= keep))
+        tl.store(p_out_keys + i_k, tl.zeros_like(i_k) + NONE, mask=m_k & (i_k >= end))

@@ -1,9 +1,9 @@
 """Launcher of the lightning indexer on CUDA: scores of as many queries as the workspace holds, then their selection.
 
-    scores -> select, segments of a row -> select, what they kept -> ... -> indices
+    scores -> select -> indices        few rows of many keys: scores -> select, spans of a row -> select -> indices
 
-Nothing waits for the device, and nothing of size T x S is made: WORKSPACE_BYTES bound scores and what rounds of the
-selection hand on, whatever T and S are.
+Nothing waits for the device, and nothing of size T x S is made: WORKSPACE_BYTES bound scores and candidates,
+whatever T and S are.
 """
 
 from __future__ import annotations
@@ -23,9 +23,18 @@ QUERY_TILE = 64
 # Below this many queries the heads of one are the rows of the product instead of the queries.
 FEW_QUERIES = 16
 MAX_WIDTH = 16384
-"""Columns that a block of threads selects from: 16 registers of each of 1024 threads."""
+"""Candidates that a block of threads holds at most, see NOTE [Selection]."""
+MIN_WIDTH = 1024
+"""Smallest tile of candidates that the kernel counts in, see places()."""
 MAX_TOPK = MAX_WIDTH // 2
-"""Largest topk that a round of the selection halves a row for."""
+"""Largest topk for which at least half of the candidates fall out."""
+WARP_WIDTH = 1024
+"""Candidates that a warp holds: 32 registers a thread."""
+MAX_REGISTERS = 128
+"""What a thread of the selection may have, so that two blocks of 8192 candidates share a multiprocessor of 9.0."""
+ENOUGH_BLOCKS = 256
+"""Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
+SPAN_WIDTHS = 4
 
 
 class _Rows(NamedTuple):
@@ -109,15 +118,15 @@ def lightning_topk(
     return indices
 
 
-def _segments(width: int) -> int:
-    return -(-width // MAX_WIDTH)
+def _width(topk: int) -> int:
+    """Return how many candidates to hold: enough that most of them fall out, and that there is work for a warp."""
+    return min(max(4 * next_power_of_2(topk), 2048), MAX_WIDTH)
 
 
 def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
     """Return how many batch entries and queries of each the workspace holds: whole tiles of queries, if it can."""
-    row_bytes, width = 4 * S + 64, S
-    while _segments(width) > 1:
-        width = _segments(width) * topk
+    row_bytes, width = 4 * S + 64, _width(topk)
+    if width < S:
         row_bytes += 8 * width
     most = max(1, workspace_bytes // row_bytes)
     if most >= T:
@@ -163,22 +172,30 @@ def _score(
     return keys
 
 
+def _spans(num_rows: int, upper: int, width: int, topk: int) -> int:
+    """Return into how many spans to cut rows: as many as keep the GPU busy, of several widths each."""
+    return max(1, min(ENOUGH_BLOCKS // num_rows, upper // max(SPAN_WIDTHS * width, 4 * topk)))
+
+
 def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -> None:
     """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
     B, columns, first_round = indices.shape[0], keys, True
+    num_spans = _spans(B * rows.count, upper, _width(topk), topk)
     while True:
-        num_segments = _segments(upper)
-        last_round = num_segments == 1
-        width = max(next_power_of_2(min(upper, MAX_WIDTH)), 128)
-        if last_round:
-            out_keys = out = indices
-        else:
-            out_keys, out = (keys.new_empty((B, rows.count, num_segments * topk)) for _ in range(2))
-        launchable(select_kernel)[(num_segments, rows.count, B)](
-            keys, columns, *rows.pointers(keys)[1:], out_keys, out, keys.stride(1), indices.stride(0), rows.start,
-            rows.count, *rows.numbers, upper, **rows.flags, WIDTH=width, BK=next_power_of_2(topk), FIRST=first_round,
-            LAST=last_round, num_warps=max(1, width // 512), num_stages=1,
+        last_round = num_spans == 1
+        width = max(min(next_power_of_2(upper), _width(topk)), MIN_WIDTH)
+        span = -(-upper // num_spans // 16) * 16
+        kept = out_keys = out = indices
+        if not last_round:
+            out_keys, out = (keys.new_empty((B, rows.count, num_spans * topk)) for _ in range(2))
+        if span > width:
+            kept = keys.new_empty((B, rows.count, num_spans, 2, width))
+        launchable(select_kernel)[(num_spans, rows.count, B)](
+            keys, columns, kept, *rows.pointers(keys)[1:], out_keys, out, keys.stride(1), indices.stride(0), rows.start,
+            rows.count, *rows.numbers, upper, span, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),
+            FIRST=first_round, LAST=last_round, num_warps=max(1, width // WARP_WIDTH), num_stages=1,
+            maxnreg=MAX_REGISTERS,
         )  # fmt: skip
         if last_round:
             return
-        keys, columns, upper, first_round = out_keys, out, num_segments * topk, False
+        keys, columns, upper, num_spans, first_round = out_keys, out, num_spans * topk, 1, False

@@ -14,7 +14,7 @@ it is Triton kernels (kernels/dsa/gather.py); on a CPU and in float64 it walks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -247,19 +247,13 @@ def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> 
     ctx.scale = scale  # type: ignore[attr-defined]
 
 
-def _autograd(operator: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Return the gradient of an operator that returns (o, lse), by the backward operator of this name."""
-
-    def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-        arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
-        return *getattr(torch.ops.hybrid_flex, operator)(*arguments), None, None
-
-    return backward
+def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradient of an operator that returns (o, lse) in the plain form."""
+    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
+    return *torch.ops.hybrid_flex.sparse_attention_backward(*arguments), None, None
 
 
-backward = _autograd("sparse_attention_backward")
-"""Shared by the operators whose gradient the plain form computes."""
 _gather_forward.register_autograd(backward, setup_context=setup_context)
 
 
@@ -268,14 +262,21 @@ def _check_kernels(op: str, q: Tensor) -> None:
         raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
 
 
+def _values(k: Tensor, v: Tensor, value_dim: int) -> Tensor:
+    """Return v, or the first columns of k that stand for it."""
+    return k[..., :value_dim] if value_dim > 0 else v
+
+
 @torch.library.triton_op("hybrid_flex::sparse_attention_cuda", mutates_args=())
 @in_its_own_precision
-def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather import launch_gather
 
     _check_kernels("sparse_attention_cuda", q)
-    o, lse = _fake_forward(q, k, v, indices, scale)
-    launch_gather(q, k, v, indices, scale, o=o, lse=lse)
+    o, lse = _fake_cuda_forward(q, k, v, indices, scale, value_dim)
+    launch_gather(q, k, _values(k, v, value_dim), indices, scale, o=o, lse=lse)
     return o, lse
 
 
@@ -292,27 +293,63 @@ def _cuda_backward(
     o: Tensor,
     lse: Tensor,
     scale: float,
+    value_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
 
     _check_kernels("sparse_attention_cuda_backward", q)
-    arguments = (do, dlse, q, k, v, indices, o, lse, scale)
+    arguments = (do, dlse, q, k, _values(k, v, value_dim), indices, o, lse, scale)
     if torch.are_deterministic_algorithms_enabled():
         # The kernels add to rows in whatever order they come; the sums of the plain form keep theirs.
-        return torch.ops.hybrid_flex.sparse_attention_backward(*arguments)
+        dq, dk, dv = torch.ops.hybrid_flex.sparse_attention_backward(*arguments)
+        if value_dim > 0:
+            dk[..., :value_dim] += dv
+            dv = v.new_empty(v.shape)
+        return dq, dk, dv
     dq = q.new_empty(q.shape)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    launch_gather_backward(*arguments, dq=dq, dk=dk, dv=dv)
+    launch_gather_backward(*arguments, dq=dq, dk=dk, dv=dv if value_dim == 0 else None)
     # In float32 these are the sums themselves, which nobody else holds.
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-_cuda_forward.register_fake(_fake_forward)
-_cuda_backward.register_fake(_fake_backward)
+@_cuda_forward.register_fake
+def _fake_cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q, k, _values(k, v, value_dim), indices, scale)
 
 
-cuda_backward = _autograd("sparse_attention_cuda_backward")
-torch.library.register_autograd("hybrid_flex::sparse_attention_cuda", cuda_backward, setup_context=setup_context)
+@_cuda_backward.register_fake
+def _fake_cuda_backward(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    value_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
+
+
+def _save_for_cuda(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *shared, value_dim = inputs
+    setup_context(ctx, tuple(shared), output)
+    ctx.value_dim = value_dim  # type: ignore[attr-defined]
+
+
+def _gradient_on_cuda(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    options = (ctx.scale, ctx.value_dim)  # type: ignore[attr-defined]
+    dq, dk, dv = torch.ops.hybrid_flex.sparse_attention_cuda_backward(do, dlse, q, k, v, indices, o, lse, *options)
+    return dq, dk, dv, None, None, None
+
+
+_cuda_forward.register_autograd(_gradient_on_cuda, setup_context=_save_for_cuda)
 
 
 def _in_kernels(q: Tensor, v: Tensor) -> bool:
@@ -327,11 +364,12 @@ def _in_kernels(q: Tensor, v: Tensor) -> bool:
 def sparse_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     indices: Tensor,
     *,
     scale: float | None = None,
     backend: str = "auto",
+    value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from every query over the keys its row of ``indices`` names.
 
@@ -341,7 +379,9 @@ def sparse_attention(
     Args:
         q: ``[B, T, H, D]``; bfloat16, float16, float32 or float64.
         k: ``[B, S, Hkv, D]``, q's dtype, any strides; query head h reads key head ``h // (H // Hkv)``.
-        v: ``[B, S, Hkv, Dv]``, q's dtype, any strides; a view of k's first columns (MLA) is fetched only once.
+        v: ``[B, S, Hkv, Dv]``, q's dtype, any strides; or None where the values are the first ``value_dim`` columns of
+            the keys, the latent of MLA: rows are then fetched once, and k's gradient is that of both, which costs half
+            of what two gradients do on CUDA.
         indices: int32 or int64 ``[B, T, J]``: positions in [0, S), each at most once in a row, -1 in unused slots at
             the END (unused slots between used ones cost time on CUDA); of more than S columns the first S are read.
         scale: factor of the logits; default ``D ** -0.5``.
@@ -349,6 +389,7 @@ def sparse_attention(
             dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"flex"``
             (FlexAttention over a BlockMask; not float64), ``"reference"`` (dense, for tests), or ``"auto"``, which is
             ``"gather"``.
+        value_dim: Dv, in [1, D], where v is None.
 
     Returns:
         ``o [B, T, H, Dv]`` in q's dtype, and ``lse [B, T, H]``, natural logarithm, float32 (float64 for float64
@@ -372,21 +413,29 @@ def sparse_attention(
     op = "sparse_attention"
     check_choice(op, "backend", backend, ("auto", "flex", "gather", "reference"))
     check_attention(op, q, k)
-    check_shape(op, "v", v, (k.shape[0], k.shape[1], k.shape[2], None), "[B, S, Hkv, Dv]")
-    check_dtype(op, "v", v, (q.dtype,))
     check_shape(op, "indices", indices, (q.shape[0], q.shape[1], None), "[B, T, J]")
     check_dtype(op, "indices", indices, INTEGER)
-    for name, tensor in (("v", v), ("indices", indices)):
-        check_device(op, name, tensor, q.device)
+    check_device(op, "indices", indices, q.device)
+    if v is None:
+        rule = f"be in [1, {k.shape[3]}] where v is None"
+        check(value_dim is not None and 1 <= value_dim <= k.shape[3], op, "value_dim", rule, value_dim)
+        values = k[..., :value_dim]
+    else:
+        check(value_dim is None, op, "value_dim", "be None where v is given", value_dim)
+        check_shape(op, "v", v, (k.shape[0], k.shape[1], k.shape[2], None), "[B, S, Hkv, Dv]")
+        check_dtype(op, "v", v, (q.dtype,))
+        check_device(op, "v", v, q.device)
+        values = v
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
-        return reference_attention(q, k, v, indices, scale)
+        return reference_attention(q, k, values, indices, scale)
     if backend == "flex":
         check_dtype(op, "q", q, (torch.bfloat16, torch.float16, torch.float32))
-        return torch.ops.hybrid_flex.sparse_attention_flex(q, k, v, indices, scale)
-    if _in_kernels(q, v):
-        return torch.ops.hybrid_flex.sparse_attention_cuda(q, k, v, indices, scale)
-    return torch.ops.hybrid_flex.sparse_attention_gather(q, k, v, indices, scale)
+        return torch.ops.hybrid_flex.sparse_attention_flex(q, k, values, indices, scale)
+    if not _in_kernels(q, values):
+        return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)
+    given = k.new_empty(0) if v is None else v
+    return torch.ops.hybrid_flex.sparse_attention_cuda(q, k, given, indices, scale, value_dim or 0)
 
 
 def check_attention(op: str, q: Tensor, k: Tensor) -> None:

@@ -76,6 +76,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: flo
     return torch.einsum("bths,bshd->bthd", p.to(q.dtype), v), logits.logsumexp(-1)
 
 
+def add_up(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let the gradient of keys hold that of values, its first columns."""
+    dv = found["dv"]
+    found["dk"][..., : dv.shape[-1]] += dv
+    return {**found, "dv": torch.zeros_like(dv)}
+
+
 def results(
     x: dict[str, Tensor], indices: Tensor, scale: float, dtype: torch.dtype, attention: Callable[..., Any]
 ) -> dict[str, Tensor]:
@@ -87,8 +94,8 @@ def results(
     return dict(zip(NAMES, (o.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)), strict=True))
 
 
-def run(device: str, x: dict[str, Tensor], indices: Tensor, scale: float) -> dict[str, Tensor]:
-    """Run the kernels into memory that is NaN before."""
+def run(device: str, x: dict[str, Tensor], indices: Tensor, scale: float, one_sum: bool = False) -> dict[str, Tensor]:
+    """Run the kernels into memory that is NaN before; ``one_sum`` as `add_up`."""
     shared = lies_within(x["k"], x["v"])
     x = {name: t.to(device) for name, t in x.items()}
     if shared:
@@ -101,7 +108,7 @@ def run(device: str, x: dict[str, Tensor], indices: Tensor, scale: float) -> dic
     dq = torch.full(q.shape, NAN, dtype=q.dtype, device=device)
     dk, dv = (torch.zeros(t.shape, device=device) for t in (k, v))
     outputs = (x["do"], x["dlse"], q, k, v, indices, o, lse)
-    launch_gather_backward(*outputs, scale, dq=dq, dk=dk, dv=dv)
+    launch_gather_backward(*outputs, scale, dq=dq, dk=dk, dv=None if one_sum else dv)
     return {name: t.cpu() for name, t in zip(NAMES, (o, lse, dq, dk.to(q.dtype), dv.to(q.dtype)), strict=True)}
 
 
@@ -109,11 +116,16 @@ def error(got: Tensor, exact: Tensor) -> float:
     return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
 
-def assert_as_good_as_plain(device: str, x: dict[str, Tensor], indices: Tensor, scale: float = 0.2) -> None:
+def assert_as_good_as_plain(
+    device: str, x: dict[str, Tensor], indices: Tensor, scale: float = 0.2, one_sum: bool = False
+) -> None:
     """float32 within 1e-5 of float64; 16 bits within twice the error of the plain form in that dtype."""
-    got, exact = run(device, x, indices, scale), results(x, indices, scale, torch.float64, reference_attention)
+    got = run(device, x, indices, scale, one_sum)
+    exact = results(x, indices, scale, torch.float64, reference_attention)
     dtype = x["q"].dtype
     plain = exact if dtype == torch.float32 else results(x, indices, scale, dtype, plain_attention)
+    if one_sum:
+        exact, plain = add_up(exact), exact if plain is exact else add_up(plain)
     empty = exact["lse"].isinf()
     assert torch.equal(got["lse"].isinf(), empty) and (got["o"][empty] == 0).all()
     for name in NAMES:
@@ -137,11 +149,21 @@ def test_sizes(device: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("one_sum", [False, True], ids=["two-sums", "one-sum"])
 @pytest.mark.parametrize("D, Dv, shared", [(80, 64, True), (64, 64, True), (576, 512, True), (72, 40, False)])
-def test_values_within_the_keys(device: str, D: int, Dv: int, shared: bool, dtype: torch.dtype) -> None:
+def test_values_within_the_keys(device: str, D: int, Dv: int, shared: bool, one_sum: bool, dtype: torch.dtype) -> None:
     x = make(1, 2, 33, 3, 1, D, Dv, dtype, shared=True)
     assert lies_within(x["k"], x["v"]) and shared == widths(D, Dv, True).SHARED
-    assert_as_good_as_plain(device, x, select(1, 2, 33, 20))
+    assert_as_good_as_plain(device, x, select(1, 2, 33, 20), one_sum=one_sum)
+
+
+@pytest.mark.parametrize("D, Dv, H, one_sum", [(64, 64, 3, False), (128, 128, 2, True), (40, 80, 33, False)])
+def test_wide_form_of_narrow_rows(
+    device: str, D: int, Dv: int, H: int, one_sum: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather_backward, "WIDEST_NARROW", 0)
+    x = make(1, 2, 33, H, 1, D, Dv, torch.float16, shared=one_sum)
+    assert_as_good_as_plain(device, x, select(1, 2, 33, 20), one_sum=one_sum)
 
 
 def test_values_elsewhere_in_the_cache(device: str) -> None:
@@ -199,8 +221,9 @@ def test_large_logits(device: str) -> None:
 
 
 def test_pieces_of_queries(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, indices = make(2, 3, 20, 2, 1, 16, 16, torch.float32), select(2, 3, 20, 11)
-    monkeypatch.setattr(gather_backward, "WORKSPACE_BYTES", 2 * 2 * 2 * 64 * 4)
+    x, indices = make(2, 3, 20, 4, 2, 16, 16, torch.float32), select(2, 3, 20, 11)
+    monkeypatch.setattr(gather_backward, "WIDEST_NARROW", 0)
+    monkeypatch.setattr(gather_backward, "WORKSPACE_BYTES", 2 * 2 * 4 * 64 * 4)
     assert_as_good_as_plain(device, x, indices)
 
 

@@ -56,13 +56,35 @@ def test_equals_the_reference_bitwise(name: str, dtype: torch.dtype, device: str
     assert torch.equal(got.cpu(), expected(x, topk, start, causal, kpool))
 
 
-def test_rounds_of_segments(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """700 columns in segments of 128 take three rounds."""
-    monkeypatch.setattr(launcher, "MAX_WIDTH", 128)
-    for topk, causal, start in ((40, False, 0), (64, True, 680), (3, True, 680)):
-        x = inputs(1, 17, 700, 1, 16)
+@pytest.mark.parametrize("rows_that_fill_a_gpu", [1, 10**6], ids=["one-span", "spans"])
+def test_walks_and_spans(rows_that_fill_a_gpu: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5000 columns, of which 1024 are held at a time, in one walk or cut into two spans."""
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
+    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", rows_that_fill_a_gpu)
+    monkeypatch.setattr(launcher, "SPAN_WIDTHS", 2)
+    for topk, causal, start in ((400, False, 0), (512, True, 4996), (3, True, 4996), (400, True, 2000)):
+        x = inputs(1, 5, 5000, 1, 16)
         got = launcher.lightning_topk(*(t.to(device) for t in x), topk, causal, start, None, 1)
         assert torch.equal(got.cpu(), expected(x, topk, start, causal, 1)), topk
+
+
+@pytest.mark.parametrize("scores", ["ascending", "stairs", "zeros", "extremes"])
+def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column passes, whole tiles are equal, or steps of the search cannot be taken in floats."""
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
+    q, k, w, column = torch.zeros(1, 2, 1, 16), torch.zeros(1, 4000, 16), torch.ones(1, 2, 1), torch.arange(4000.0)
+    q[..., 0] = 1.0
+    forms = {
+        "ascending": column,
+        "stairs": column // 300,
+        "zeros": torch.where(column % 50 == 7, column, 0.0),
+        "extremes": torch.where(column % 5 == 0, 3e38, (column / 50 - 40).exp()),
+    }
+    k[0, :, 0] = forms[scores]
+    if scores == "extremes":
+        w[0, 1] = -1.0
+    got = launcher.lightning_topk(*(x.to(device) for x in (q, k, w)), 300, False, 0, None, 1)
+    assert torch.equal(got.cpu(), expected((q, k, w), 300, 0, False, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 30, 64, 150])

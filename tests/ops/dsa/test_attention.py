@@ -240,6 +240,19 @@ def test_fullgraph_one_graph_for_several_lengths(
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["gather", "flex", "reference"])
+def test_values_within_the_keys(backend: str, selection: Callable[..., Tensor]) -> None:
+    dtype = torch.float32 if backend == "flex" else torch.float64
+    q, k, _ = draw(2, 9, 12, 4, 2, 8, 6, dtype)
+    indices, found = selection(2, 9, 12, 5), []
+    for v, value_dim in ((None, 6), (k[..., :6], None)):
+        o, lse = sparse_attention(q, k, v, indices, backend=backend, value_dim=value_dim)
+        loss = o.square().sum() + lse.masked_fill(lse.isinf(), 0.0).sum()
+        found.append((o.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k))))
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_outputs_are_written_everywhere(nan_memory: None, selection: Callable[..., Tensor]) -> None:
     inputs, indices = draw(2, 9, 12, 4, 2, 8, 6, torch.float64), selection(2, 9, 12, 5)
     got, want = (results(*inputs, indices, backend) for backend in ("gather", "reference"))
@@ -266,6 +279,11 @@ def test_errors() -> None:
     expect(TypeError, r"sparse_attention: v must have dtype float32, got bfloat16", q, k, v.bfloat16(), indices)
     expect(TypeError, r"sparse_attention: q must have dtype", q.int(), k, v, indices)
     expect(ValueError, r"sparse_attention: backend must be one of .*, got 'dense'", q, k, v, indices, backend="dense")
+    for wrong in (None, 0, 9):
+        message = rf"sparse_attention: value_dim must be in \[1, 8\] where v is None, got {wrong}"
+        expect(ValueError, message, q, k, None, indices, value_dim=wrong)
+    message = "sparse_attention: value_dim must be None where v is given, got 8"
+    expect(ValueError, message, q, k, v, indices, value_dim=8)
     doubles = (x.double() for x in (q, k, v))
     expect(
         TypeError,

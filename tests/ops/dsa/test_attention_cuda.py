@@ -120,17 +120,27 @@ def test_any_strides(layout: str, selection: Callable[..., Tensor]) -> None:
     check([x.detach().requires_grad_() for x in (q, k, v)], selection(2, 30, 80, 20).cuda())
 
 
-def test_gradient_of_a_latent_cache(selection: Callable[..., Tensor]) -> None:
-    """Values that are a view of the keys: what reaches the tensor below is the sum of both gradients."""
-    q, cache, _ = draw((1, 30, 100, 16, 1, 576, 512, 40, True), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("D", "Dv"), [(576, 512), (512, 512), (128, 128), (80, 40)])
+def test_gradient_of_a_latent_cache(D: int, Dv: int, dtype: torch.dtype, selection: Callable[..., Tensor]) -> None:
+    """Values that are the first columns of the keys: the sum of both gradients, in one or in two parts."""
+    q, cache, _ = draw((1, 30, 100, 16, 1, D, Dv, 40, True), dtype)
     indices = selection(1, 30, 100, 40).cuda()
     gradients = []
-    for backend in ("gather", "reference"):
-        o, lse = sparse_attention(q, cache, cache[..., :512], indices, backend=backend)
+    for backend in ("gather", "two sums", "reference"):
+        inputs = [
+            x.detach().to(torch.float64 if backend == "reference" else dtype).requires_grad_() for x in (q, cache)
+        ]
+        v, options = None, {"value_dim": Dv, "backend": backend}
+        if backend == "two sums":
+            v, options = inputs[1][..., :Dv], {}
+        o, lse = sparse_attention(*inputs, v, indices, **options)
         outputs, weights = weighted(o, lse)
-        gradients.append(torch.autograd.grad(outputs, (q, cache), weights))
-    for got, want in zip(*gradients, strict=True):
-        assert (got - want).norm() < 1e-4 * want.norm()
+        weights = [x.to(dtype).to(y.dtype) for x, y in zip(weights, outputs, strict=True)]
+        gradients.append(torch.autograd.grad(outputs, inputs, weights))
+    for found in gradients[:2]:
+        for got, want in zip(found, gradients[2], strict=True):
+            assert (got - want).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * want.norm()
 
 
 def test_long_slots_and_pieces_of_queries(selection: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,11 +195,13 @@ def test_nothing_selected_and_nothing_there() -> None:
 
 def test_opcheck(selection: Callable[..., Tensor]) -> None:
     inputs, indices = draw((1, 5, 9, 4, 2, 16, 16, 4, False), torch.float32), selection(1, 5, 9, 4).cuda()
-    torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_cuda.default, (*inputs, indices, 0.5))
+    torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_cuda.default, (*inputs, indices, 0.5, 0))
+    nothing = torch.empty(0, device="cuda")
+    torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_cuda.default, (*inputs[:2], nothing, indices, 0.5, 8))
     with torch.no_grad():
-        o, lse = torch.ops.hybrid_flex.sparse_attention_cuda(*inputs, indices, 0.5)
+        o, lse = torch.ops.hybrid_flex.sparse_attention_cuda(*inputs, indices, 0.5, 0)
         tensors = [x.detach() for x in (o, lse, *inputs)]
-        args = (*tensors, indices, o, lse, 0.5)
+        args = (*tensors, indices, o, lse, 0.5, 0)
         # The last bits of dk and dv change from run to run, within these tolerances.
         torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_cuda_backward.default, args)
 
@@ -200,7 +212,7 @@ def test_one_graph_for_several_lengths(shared: bool, selection: Callable[..., Te
 
     def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         cache = k * 1.0
-        return sparse_attention(q, cache, cache[..., :64] if shared else v, indices)
+        return sparse_attention(q, cache, None if shared else v, indices, value_dim=64 if shared else None)
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for length in (33, 70, 129):
@@ -218,7 +230,7 @@ def test_one_graph_for_several_lengths(shared: bool, selection: Callable[..., Te
 
 class Attention(torch.nn.Module):
     def forward(self, q: Tensor, cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return sparse_attention(q, cache, cache[..., :64], indices)
+        return sparse_attention(q, cache, None, indices, value_dim=64)
 
 
 def test_export_keeps_lengths_open_and_gradients(
