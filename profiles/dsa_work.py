@@ -187,8 +187,13 @@ class AttendWork(Work):
             "indices": random_indices(num_queries, num_keys, topk, self.generator),
         }
 
-    def attend(self, x: Tensors, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        return sparse_attention(*inputs, x["indices"], scale=self.scale)
+    def inputs(self, row: AttendRow, x: Tensors) -> list[Tensor]:
+        """Return the tensors that get gradients: latent values are part of the keys."""
+        return [x[name] for name in (("q", "k") if row.latent else ("q", "k", "v"))]
+
+    def attend(self, row: AttendRow, x: Tensors, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        v, value_dim = (None, row.Dv) if row.latent else (inputs[2], None)
+        return sparse_attention(*inputs[:2], v, x["indices"], scale=self.scale, value_dim=value_dim)
 
     def contenders(self, row: AttendRow) -> dict[str, Contender]:
         x, pairs = self.x, 2.0 * row.T * row.topk * row.H
@@ -196,7 +201,7 @@ class AttendWork(Work):
 
             def forward() -> Tensors:
                 with torch.no_grad():
-                    o, lse = self.attend(x, [x["q"], x["k"], x["v"]])
+                    o, lse = self.attend(row, x, self.inputs(row, x))
                 return {"o": o, "lse": lse}
 
             def judge(found: Tensors) -> Errors:
@@ -207,11 +212,11 @@ class AttendWork(Work):
         outputs: Tensors = {}
 
         def prepare() -> Call:
-            inputs = leaves(x["q"], x["k"], x["v"])
-            o, lse = self.attend(x, inputs)
+            inputs = leaves(*self.inputs(row, x))
+            o, lse = self.attend(row, x, inputs)
             outputs.update(o=o.detach(), lse=lse.detach())
             return lambda: dict(
-                zip(("dq", "dk", "dv"), torch.autograd.grad(o, inputs, x["do"], retain_graph=True), strict=True)
+                zip(("dq", "dk", "dv"), torch.autograd.grad(o, inputs, x["do"], retain_graph=True), strict=False)
             )
 
         def judge_backward(found: Tensors) -> Errors:
@@ -227,11 +232,13 @@ class AttendWork(Work):
         """Compare all gradients of 512 queries on 2048 keys, of which each selects half."""
         num_keys = min(2048, row.S)
         x = self.draw(row, min(512, row.T), num_keys, min(row.topk, num_keys // 2))
-        inputs = leaves(x["q"], x["k"], x["v"])
-        found = torch.autograd.grad(self.attend(x, inputs)[0], inputs, x["do"])
-        exact = exact_gradients(x["q"], x["k"], x["v"], x["indices"], x["do"], self.scale)
+        inputs = leaves(*self.inputs(row, x))
+        found = torch.autograd.grad(self.attend(row, x, inputs)[0], inputs, x["do"])
+        exact = list(exact_gradients(x["q"], x["k"], x["v"], x["indices"], x["do"], self.scale))
+        if row.latent:
+            exact[1][..., : row.Dv] += exact.pop()
         names = ("dq", "dk", "dv")
-        return {name: relative(own, value) for name, own, value in zip(names, found, exact, strict=True)}
+        return {name: relative(own, value) for name, own, value in zip(names, found, exact, strict=False)}
 
 
 class LossWork(Work):
@@ -295,7 +302,8 @@ class DecodeWork(Work):
         selection = indices = select(self.problem)
         if self.shape.kpool > 1:
             indices = expand_pools(selection, self.shape.kpool, query_start=self.problem.query_start)
-        o, lse = sparse_attention(x["q"], x["k"], x["v"], indices, scale=self.scale)
+        v, value_dim = (None, self.shape.D) if self.shape.q_rank else (x["v"], None)
+        o, lse = sparse_attention(x["q"], x["k"], v, indices, scale=self.scale, value_dim=value_dim)
         return {"selection": selection, "indices": indices, "o": o, "lse": lse}
 
     def dense(self) -> Tensors:

@@ -13,5 +13,5 @@ def kernel_names() -> set[str]:
     """Return the names of all Triton kernels of the package."""
     names = set()
     for path in (Path(__file__).resolve().parents[2] / "hybrid_flex" / "kernels").rglob("*.py"):
-        names |= set(re.findall(r"@triton\.jit.*\ndef (\w+_kernel)\(", path.read_text()))
+        names |= set(re.findall(r"@(?:triton|gluon)\.jit.*\ndef (\w+_kernel)\(", path.read_text()))
     return names

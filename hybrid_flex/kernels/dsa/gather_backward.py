@@ -303,7 +303,8 @@ def row_tiles(group: int, columns: int, num_weights: int, element_size: int, lim
     BH = min(MOST_ROWS, max(16, next_power_of_2(group)))
     if element_size == 4:
         return {"BH": min(BH, 32), "BN": 32, "BC": NARROWEST, "STAGES": 1, "num_warps": 4}
-    BN, BC = 64, NARROWEST if columns <= NARROWEST else SLICE
+    # With few rows three small blocks side by side hide more of what they wait for than one large one.
+    BN, BC = 64, NARROWEST if columns <= NARROWEST or (BH <= 64 and num_weights > 1) else SLICE
     # The sums of a tile pass through shared memory, in float32, on their way to the rows.
     stages = {n: num_weights * (BH * BC + n * BN * (BH + BC)) * element_size + 4 * BN * BC + 1024 for n in (3, 2)}
     fitting = [n for bound in (limit // 2, limit) for n in stages if stages[n] <= bound]
@@ -317,12 +318,13 @@ def narrow_tiles(group: int, width: Widths, element_size: int, limit: int) -> di
         return None
     if element_size == 4:
         return {"BH": 16, "BN": 32, "STAGES": 1, "num_warps": 4}
-    BH, BN = min(64, max(16, next_power_of_2(group))), 64
+    # 64 rows of a tile are given to eight warps twice, and do not fit the registers of four.
+    BH, BN = min(64, max(16, next_power_of_2(group))), 32
     held = BH * (width.PIECE + width.VPIECE) + 2 * BH * BN
     sums = 4 * BN * max(width.PIECE, width.VPIECE)
     sizes = {n: (held + n * BN * width.loaded_columns) * element_size + sums + 1024 for n in (2, 1)}
-    fitting = [n for n in sizes if sizes[n] <= limit]
-    return {"BH": BH, "BN": BN, "STAGES": fitting[0], "num_warps": 8 if BH == 64 else 4} if fitting else None
+    fitting = [n for n in sizes if sizes[n] <= limit and not (n == 2 and width.SHARED)]
+    return {"BH": BH, "BN": BN, "STAGES": fitting[0], "num_warps": 4} if fitting else None
 
 
 @on_its_device

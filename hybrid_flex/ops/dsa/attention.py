@@ -352,6 +352,25 @@ def _gradient_on_cuda(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | N
 _cuda_forward.register_autograd(_gradient_on_cuda, setup_context=_save_for_cuda)
 
 
+# Not a triton_op: torch cannot carry a Gluon kernel in a graph.
+@torch.library.custom_op("hybrid_flex::sparse_attention_hopper", mutates_args=())
+@in_its_own_precision
+def _hopper_forward(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Do what sparse_attention_cuda does, for the latent rows that `_in_hopper_kernel` names."""
+    from hybrid_flex.kernels.dsa.gather_hopper import launch_gather_hopper
+
+    _check_kernels("sparse_attention_hopper", q)
+    o, lse = _fake_cuda_forward(q, k, v, indices, scale, value_dim)
+    launch_gather_hopper(q, k, indices, scale, o=o, lse=lse)
+    return o, lse
+
+
+_hopper_forward.register_fake(_fake_cuda_forward)
+_hopper_forward.register_autograd(_gradient_on_cuda, setup_context=_save_for_cuda)
+
+
 def _in_kernels(q: Tensor, v: Tensor) -> bool:
     """Tell whether the kernels serve these tensors."""
     if not has_kernels(q):
@@ -359,6 +378,21 @@ def _in_kernels(q: Tensor, v: Tensor) -> bool:
     from hybrid_flex.kernels.dsa.gather import is_served
 
     return is_served(int(q.shape[-1]), int(v.shape[-1]))
+
+
+def _in_hopper_kernel(q: Tensor, k: Tensor, value_dim: int) -> bool:
+    """Tell whether the kernel for latent rows on Hopper serves these tensors, here and now.
+
+    A program that is exported takes the form that it can carry.  Gluon is an experiment of Triton's: a version without
+    what the kernel needs does without the kernel.
+    """
+    if value_dim == 0 or torch.compiler.is_exporting():
+        return False
+    try:
+        from hybrid_flex.kernels.dsa.gather_hopper import is_served
+    except (ImportError, AttributeError):
+        return False
+    return is_served(q, k, value_dim)
 
 
 def sparse_attention(
@@ -380,8 +414,9 @@ def sparse_attention(
         q: ``[B, T, H, D]``; bfloat16, float16, float32 or float64.
         k: ``[B, S, Hkv, D]``, q's dtype, any strides; query head h reads key head ``h // (H // Hkv)``.
         v: ``[B, S, Hkv, Dv]``, q's dtype, any strides; or None where the values are the first ``value_dim`` columns of
-            the keys, the latent of MLA: rows are then fetched once, and k's gradient is that of both, which costs half
-            of what two gradients do on CUDA.
+            the keys, the latent of MLA: rows are then fetched once, and k's gradient is that of both.  On CUDA this
+            is the faster form, and for 33 heads or more of 512 or 576 columns on compute capability 9.0 one with a
+            kernel of its own.
         indices: int32 or int64 ``[B, T, J]``: positions in [0, S), each at most once in a row, -1 in unused slots at
             the END (unused slots between used ones cost time on CUDA); of more than S columns the first S are read.
         scale: factor of the logits; default ``D ** -0.5``.
@@ -434,8 +469,10 @@ def sparse_attention(
         return torch.ops.hybrid_flex.sparse_attention_flex(q, k, values, indices, scale)
     if not _in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)
-    given = k.new_empty(0) if v is None else v
-    return torch.ops.hybrid_flex.sparse_attention_cuda(q, k, given, indices, scale, value_dim or 0)
+    arguments = (q, k, k.new_empty(0) if v is None else v, indices, scale, value_dim or 0)
+    if _in_hopper_kernel(q, k, value_dim or 0):
+        return torch.ops.hybrid_flex.sparse_attention_hopper(*arguments)
+    return torch.ops.hybrid_flex.sparse_attention_cuda(*arguments)
 
 
 def check_attention(op: str, q: Tensor, k: Tensor) -> None:

@@ -143,6 +143,44 @@ def test_gradient_of_a_latent_cache(D: int, Dv: int, dtype: torch.dtype, selecti
             assert (got - want).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("D", "H", "J"), [(576, 64, 300), (512, 128, 64), (576, 40, 7), (512, 65, 129)])
+def test_latent_rows_on_hopper(D: int, H: int, J: int, dtype: torch.dtype, selection: Callable[..., Tensor]) -> None:
+    """The kernel for latent rows: slots in use, unused ones behind and between, rows that nobody selects are NaN."""
+    q, cache, _ = (x.detach() for x in draw((2, 40, 500, H, 1, D, 512, J, True), dtype))
+    behind = selection(2, 40, 500, J).cuda()
+    between = behind.gather(-1, torch.rand(behind.shape, device="cuda").argsort(-1))
+    between[:, ::5] = -1
+    for indices in (behind, between, between.long()):
+        k = cache.clone()
+        used = torch.zeros(2, 501, dtype=torch.bool, device="cuda").scatter_(1, indices.flatten(1).long() % 501, True)
+        k[~used[:, :500]] = float("nan")
+        o, lse = sparse_attention(q, k, None, indices, value_dim=512)
+        right, right_lse = sparse_attention(q.double(), cache.double(), None, indices, value_dim=512)
+        empty = right_lse.isinf()
+        assert torch.equal(lse.isinf(), empty) and (o[empty] == 0).all()
+        assert (o - right).norm() < 5e-3 * right.norm()
+        torch.testing.assert_close(lse[~empty].double(), right_lse[~empty], rtol=1e-5, atol=1e-5)
+        assert torch.equal(o, sparse_attention(q, k, None, indices, value_dim=512)[0])
+    wide = torch.cat((cache[..., :1], cache), dim=-1)[..., 1:]  # rows that begin between lines
+    assert torch.equal(
+        sparse_attention(q, wide, None, behind, value_dim=512)[0],
+        sparse_attention(q, cache, None, behind, value_dim=512)[0],
+    )
+
+
+def test_latent_rows_compiled_and_exported(selection: Callable[..., Tensor], fresh_dynamo: None) -> None:
+    q, cache, _ = (x.detach() for x in draw((1, 20, 300, 64, 1, 576, 512, 70, True), torch.bfloat16))
+    indices = selection(1, 20, 300, 70).cuda()
+    want = LatentAttention()(q, cache, indices)
+    program = torch.export.export(LatentAttention(), (q, cache, indices))
+    for form in (torch.compile(LatentAttention(), fullgraph=True), program.module()):
+        for got, right in zip(form(q, cache, indices), want, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-2, atol=1e-2)
+    # What leaves the process holds the kernel that torch can carry.
+    assert "sparse_attention_hopper" not in str(program.graph) and "sparse_attention_cuda" in str(program.graph)
+
+
 def test_long_slots_and_pieces_of_queries(selection: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     case = (2, 30, 200, 64, 1, 128, 128, 100, False)
     indices = selection(2, 30, 200, 100).cuda()
@@ -226,6 +264,11 @@ def test_one_graph_for_several_lengths(shared: bool, selection: Callable[..., Te
         for got, want in zip(*both, strict=True):
             torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     assert counter.frame_count == 1
+
+
+class LatentAttention(torch.nn.Module):
+    def forward(self, q: Tensor, cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return sparse_attention(q, cache, None, indices, value_dim=512)
 
 
 class Attention(torch.nn.Module):
