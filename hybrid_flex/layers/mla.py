@@ -148,7 +148,8 @@ class DeepSeekSparseMLA(SparseLayer):
             q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
             q = torch.cat((q_nope, apply_rope(q_rot, cos, sin, self.rope_layout)), dim=-1)
             k_rot = apply_rope(k_rot, cos, sin, self.rope_layout)
-        return Projected(q, torch.cat((latent, k_rot), dim=-1).unsqueeze(2), query_input)
+            latent = torch.cat((latent, k_rot), dim=-1)
+        return Projected(q, latent.unsqueeze(2), query_input)
 
     def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
@@ -176,8 +177,9 @@ class DeepSeekSparseMLA(SparseLayer):
     def _absorb(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, None]:
         """Move ``W_k`` into the queries: one key head ``[latent | rotated]``, whose latent is the values too."""
         q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
-        q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, self._expansion()[0]), q_rot), dim=-1)
-        return q, kv, None
+        absorbed = torch.einsum("bthd,hdr->bthr", q_nope, self._expansion()[0])
+        # Without a rotated part there is nothing to join, and queries as wide as latents are not copied.
+        return absorbed if self.rope_dim == 0 else torch.cat((absorbed, q_rot), dim=-1), kv, None
 
     def _expand(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write out the keys and values of every head."""
