@@ -128,7 +128,10 @@ def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tu
     row_bytes, width = 4 * S + 64, _width(topk)
     if width < S:
         row_bytes += 8 * width
-    most = max(1, workspace_bytes // row_bytes)
+    most = workspace_bytes // row_bytes
+    if most < ENOUGH_BLOCKS and 2 * SPAN_WIDTHS * width <= S:  # spans have candidates and results of their own
+        most = (workspace_bytes - ENOUGH_BLOCKS * 8 * (width + topk)) // row_bytes
+    most = max(1, most)
     if most >= T:
         return max(1, min(B, most // max(T, 1))), max(T, 1)
     return 1, most // QUERY_TILE * QUERY_TILE or most

@@ -5,6 +5,12 @@
 NOTE [Opaque lists]: lists and bits are made inside operators.  Compiled CPU FlexAttention returns the fully masked
 result, without an error, when its mask_mod captures the output of a scatter of the same compiled region; an operator's
 output is a plain buffer to the compiler.
+
+NOTE [Bytes]: a mask_mod reads single bytes, never words.  Triton fetches 32-bit loads of a loop ahead of it through
+shared memory (cp.async), narrower ones it does not.  FlexAttention's loop reads one element for each pair of a tile:
+with words, Inductor's choice for an H100 at D = 64 (128 x 128 pairs, 3 stages) asks for 245,760 bytes of shared memory,
+of 232,448 there are; with bytes for 116,736 (torch 2.11, Triton 3.6).  Bits are packed as words, and viewed as bytes
+outside of the mask_mod: on a little-endian machine bit s % 8 of byte s // 8 is bit s % 32 of word s // 32.
 """
 
 from __future__ import annotations
@@ -28,6 +34,20 @@ def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
+def pack_bits(indices: Tensor, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pack a selection ``[..., J]`` into int32 words ``[..., ceil(kv_len / 32)]``.
+
+    Also returns the indices as int64, 0 in unused slots, and which slots are used.
+    """
+    slots = indices.long()
+    used = (slots >= 0) & (slots < kv_len)
+    slots = slots.masked_fill(~used, 0)
+    bits = torch.zeros(*indices.shape[:-1], _ceil_div(kv_len, 32), dtype=torch.int32, device=indices.device)
+    # Every index occurs once in a row, so a sum of single bits is their union; the sign bit wraps as it should.
+    bits.scatter_add_(-1, slots >> 5, used.int() << (slots & 31).int())
+    return bits, slots, used
+
+
 @torch.library.custom_op("hybrid_flex::pack_selection", mutates_args=())
 @in_its_own_precision
 def _pack_selection(
@@ -35,16 +55,10 @@ def _pack_selection(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch_size, num_queries, num_slots = indices.shape
     num_rows, num_columns = _ceil_div(num_queries, q_block), _ceil_div(kv_len, kv_block)
-    slots = indices.long()
-    used = (slots >= 0) & (slots < kv_len)
-    slots = slots.masked_fill(~used, 0)
-    # Every index occurs once in a row, so a sum of single bits is their union; the sign bit wraps as it should.
-    one = used.int()
-    bits = torch.zeros(batch_size, num_queries, _ceil_div(kv_len, 32), dtype=torch.int32, device=indices.device)
-    bits.scatter_add_(-1, slots >> 5, one << (slots & 31).int())
+    bits, slots, used = pack_bits(indices, kv_len)
     pad = num_rows * q_block - num_queries
     column = torch.nn.functional.pad(slots // kv_block, (0, 0, 0, pad)).view(batch_size, num_rows, q_block * num_slots)
-    one = torch.nn.functional.pad(one, (0, 0, 0, pad)).view(batch_size, num_rows, q_block * num_slots)
+    one = torch.nn.functional.pad(used.int(), (0, 0, 0, pad)).view(batch_size, num_rows, q_block * num_slots)
     count = torch.zeros(batch_size, num_rows, num_columns, dtype=torch.int32, device=indices.device)
     count.scatter_add_(-1, column, one)
     full = count == q_block * kv_block
@@ -97,9 +111,10 @@ def topk_block_mask(indices: Tensor, kv_len: int, block_size: int = 128) -> Bloc
     bits, number, order, full_number, full_order = torch.ops.hybrid_flex.pack_selection(
         indices, kv_len, block_size, block_size
     )
+    octets = bits.view(torch.uint8)  # NOTE [Bytes]
 
     def selected(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return ((bits[b, q_idx, kv_idx >> 5] >> (kv_idx & 31)) & 1) == 1
+        return ((octets[b, q_idx, kv_idx >> 3] >> (kv_idx & 7)) & 1) == 1
 
     return BlockMask.from_kv_blocks(
         *(number, order, full_number, full_order),
@@ -132,7 +147,7 @@ def _select_blocks(
     if causal:
         full = full & (column_stop <= start[:, None] + 1)
     member, full = member.view(scores.shape), full.view(scores.shape)
-    return member.int(), *_lists(member & ~full), *_lists(full)
+    return member.contiguous(), *_lists(member & ~full), *_lists(full)  # NOTE [Bytes]
 
 
 @_select_blocks.register_fake
@@ -141,7 +156,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     order = scores.new_empty(scores.shape, dtype=torch.int32)
     number = scores.new_empty(scores.shape[:-1], dtype=torch.int32)
-    return order, number, order.clone(), number.clone(), order.clone()
+    return scores.new_empty(scores.shape, dtype=torch.bool), number, order, number.clone(), order.clone()
 
 
 def block_topk_mask(
@@ -202,7 +217,7 @@ def block_topk_mask(
 
     def selected(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         head = h if num_heads > 1 else h * 0
-        chosen = member[b, head, q_idx // block_size, kv_idx // block_size] == 1
+        chosen = member[b, head, q_idx // block_size, kv_idx // block_size]
         return chosen & (kv_idx <= q_idx + query_start) if causal else chosen
 
     return BlockMask.from_kv_blocks(

@@ -32,11 +32,14 @@ BLOCK_SIZE = 128
 def _attend(
     q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, bits: Tensor, lists: list[Tensor], scale: float, with_lse: bool
 ) -> tuple[Tensor, ...]:
-    """Call FlexAttention on head-major tensors; every tensor of the mask is an argument, hence an input of the
-    graph."""
+    """Call FlexAttention on head-major tensors; every tensor of the mask is an argument, hence an input of the graph.
+
+    ``bits`` are those of `pack_selection`, read as NOTE [Bytes] in block_mask.py says.
+    """
+    octets = bits.view(torch.uint8)
 
     def selected(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return ((bits[b, q_idx, kv_idx >> 5] >> (kv_idx & 31)) & 1) == 1
+        return ((octets[b, q_idx, kv_idx >> 3] >> (kv_idx & 7)) & 1) == 1
 
     number, order, full_number, full_order = lists
     mask = BlockMask.from_kv_blocks(
