@@ -63,7 +63,7 @@ SIGNATURES = {
     "lightning_scores": "q_idx, k_idx, w",
     "short_conv": "x, weight, bias=None, *, activation='silu', initial_state=None, output_final_state=False, "
     "cu_seqlens=None",
-    "sparse_attention": "q, k, v, indices, *, scale=None, backend='auto'",
+    "sparse_attention": "q, k, v, indices, *, scale=None, backend='auto', value_dim=None",
 }
 
 
