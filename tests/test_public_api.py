@@ -17,6 +17,7 @@ TOP_LEVEL = [
     "HybridConfig",
     "HybridLanguageModel",
     "KDAState",
+    "KVCache",
     "KimiDeltaAttention",
     "LayerWiseHybrid",
     "LightningIndexer",

@@ -1,6 +1,6 @@
 """Layers: parameters, initialisation and state around the operators; a mixer is ``forward(x, state) -> (y, state)``."""
 
-from hybrid_flex.layers.cache import DSACache
+from hybrid_flex.layers.cache import DSACache, KVCache
 from hybrid_flex.layers.dense import CausalAttention
 from hybrid_flex.layers.dsa import DeepSeekSparseAttention
 from hybrid_flex.layers.hybrid import HybridState, ParallelHybrid, SequentialHybrid
@@ -18,6 +18,7 @@ __all__ = [
     "DeepSeekSparseMLA",
     "HybridState",
     "KDAState",
+    "KVCache",
     "KVState",
     "KimiDeltaAttention",
     "LightningIndexer",

@@ -1,7 +1,7 @@
-"""A cache of fixed size for decoding with sparse attention, in one piece or in pages: shapes never change.
+"""Caches of fixed size for decoding: of sparse attention, in one piece or in pages, and of dense attention.
 
 A sequence of length L holds rows 0 to L - 1 of ``kv`` and the index keys (or complete pools of them) beside them; what
-lies behind is never read.  Lengths stay on the device, so that a step can be captured in a CUDA graph and replayed.
+lies behind does not count.  Lengths stay on the device, so that a step can be captured in a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,39 @@ class DSACache:
         return page, positions % page_size
 
 
-torch.export.register_dataclass(DSACache, serialized_type_name="hybrid_flex.DSACache")
+@dataclass
+class KVCache:
+    """Hold the caches of a batch of sequences for dense attention; `CausalAttention.decode` writes into it.
+
+    Attributes:
+        kv: keys then values as in `KVState`, ``[B, max_length, Hkv, 2 * D]``.  Rows behind a sequence's last token are
+            weighed with zero, so they may hold anything finite.
+        lengths: tokens held, int32 ``[B]``. Set it to 0 to begin a new sequence.
+
+    Example:
+        >>> import hybrid_flex
+        >>> layer = hybrid_flex.CausalAttention(32, num_heads=4, num_kv_heads=2)
+        >>> cache = layer.init_cache(3, 100)
+        >>> layer.decode(torch.randn(3, 1, 32), cache).shape, cache.kv.shape, cache.lengths.tolist()
+        (torch.Size([3, 1, 32]), torch.Size([3, 100, 2, 16]), [1, 1, 1])
+    """
+
+    kv: Tensor
+    lengths: Tensor
+
+    def append(self, kv: Tensor, positions: Tensor) -> None:
+        """Write rows ``[B, T, Hkv, 2 * D]`` at ``positions [B, T]`` of their sequences."""
+        entry = torch.arange(positions.shape[0], device=positions.device)
+        self.kv.index_put_((entry[:, None].expand_as(positions), positions), kv.to(self.kv.dtype))
+
+    def fill(self, own: slice, kv: Tensor) -> None:
+        """Let sequences ``own`` begin with rows ``[b, S, Hkv, 2 * D]``."""
+        self.kv[own, : kv.shape[1]] = kv
+        self.lengths[own] = kv.shape[1]
+
+
+for _cache in (DSACache, KVCache):
+    torch.export.register_dataclass(_cache, serialized_type_name=f"hybrid_flex.{_cache.__name__}")
 
 
 def make_cache(

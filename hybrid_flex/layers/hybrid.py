@@ -68,6 +68,21 @@ class _KDAWithDSA(nn.Module):
             self.dsa.init_state(batch_size, device=device, dtype=dtype),
         )
 
+    def reserve(self, state: HybridState, max_length: int) -> HybridState:
+        """Turn the sparse layer's state into a cache of fixed size, for `step`; KDA's does not grow and stays.
+
+        Args:
+            state: what `forward` or `init_state` returned.
+            max_length: tokens that every sequence may reach.
+
+        Raises:
+            ValueError: the state is of packed sequences, is a cache already, or holds more tokens than that.
+        """
+        cache = _cache(state, "reserve")
+        if isinstance(cache, DSACache):
+            raise ValueError("reserve: state must hold a DSAState, which grows, got a DSACache")
+        return state[0], self.dsa.reserve(cache, max_length)
+
     def _mix(
         self, x: Tensor, state: HybridState | None, cu_seqlens: Tensor | None, stage: str | None
     ) -> tuple[Tensor, HybridState, Tensor]:
@@ -106,7 +121,7 @@ class SequentialHybrid(_KDAWithDSA):
         """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``."""
         mixed, kda_state = self.kda.step(self.kda_norm(x_t), state[0])
         h = x_t + mixed
-        mixed, dsa_state = self.dsa.step(self.dsa_norm(h), _cache(state))
+        mixed, dsa_state = self.dsa.step(self.dsa_norm(h), _cache(state, "step"))
         return h + mixed, (kda_state, dsa_state)
 
     def _mix(
@@ -154,7 +169,7 @@ class ParallelHybrid(_KDAWithDSA):
         """Mix one token per sequence, ``x_t [B, D] -> y_t [B, D]``."""
         h = self.norm(x_t)
         from_kda, kda_state = self.kda.step(h, state[0])
-        from_dsa, dsa_state = self.dsa.step(h, _cache(state))
+        from_dsa, dsa_state = self.dsa.step(h, _cache(state, "step"))
         return x_t + self._merge(h, from_kda, from_dsa), (kda_state, dsa_state)
 
     def _mix(
@@ -170,7 +185,7 @@ class ParallelHybrid(_KDAWithDSA):
         return torch.lerp(from_dsa, from_kda, self.gate_proj(h).sigmoid())
 
 
-def _cache(state: HybridState) -> DSAState | DSACache:
+def _cache(state: HybridState, op: str) -> DSAState | DSACache:
     if state[1] is None:
-        raise ValueError("step: state must hold a cache, got the state of packed sequences")
+        raise ValueError(f"{op}: state must hold a cache, got the state of packed sequences")
     return state[1]

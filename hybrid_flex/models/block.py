@@ -18,12 +18,13 @@ from hybrid_flex.layers import (
     DSAState,
     KDAState,
     KimiDeltaAttention,
+    KVCache,
     KVState,
     SwiGLU,
 )
 from hybrid_flex.models.config import LETTERS, HybridConfig
 
-LayerState = KDAState | DSAState | DSACache | KVState
+LayerState = KDAState | DSAState | DSACache | KVState | KVCache
 Mixer = KimiDeltaAttention | DeepSeekSparseAttention | DeepSeekSparseMLA | CausalAttention
 
 
@@ -169,7 +170,7 @@ class HybridBlock(nn.Module):
     ) -> tuple[Tensor, LayerState, Tensor | None]:
         """Transform one token per sequence, ``[B, D] -> [B, D]``; passes the selection on like `run`.
 
-        A `DSACache` in the place of a state is written into, and is itself the new state.
+        A cache of fixed size in the place of a state is written into, and is itself the new state.
         """
         h = self.mixer_norm(x_t)
         if self.letter in "SR":
@@ -184,6 +185,17 @@ class HybridBlock(nn.Module):
             mixed, new_state = self.mixer.step(h, state)
         h = x_t + mixed
         return h + self.mlp(self.mlp_norm(h)), new_state, indices
+
+    def reserve(self, state: LayerState, max_length: int) -> LayerState:
+        """Turn a cache that grows into one of fixed size, with room for ``max_length`` tokens; KDA states stay.
+
+        Raises:
+            ValueError: the state holds more tokens than that.
+        """
+        if isinstance(state, DSAState | KVState):
+            reserved: LayerState = self.mixer.reserve(state, max_length)
+            return reserved
+        return state
 
 
 class LayerWiseHybrid(nn.Module):
@@ -278,7 +290,7 @@ class LayerWiseHybrid(nn.Module):
         return tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
 
     def reserve(self, state: Sequence[LayerState], max_length: int) -> tuple[LayerState, ...]:
-        """Turn the growing caches of sparse blocks into caches of fixed size, for `step`; the other states stay.
+        """Turn the caches of attention blocks, which grow, into caches of fixed size, for `step`; KDA states stay.
 
         Args:
             state: one state per block, as `forward` returned them.
@@ -289,7 +301,7 @@ class LayerWiseHybrid(nn.Module):
         """
         self._check_state(state)
         pairs = zip(self.blocks, state, strict=True)
-        return tuple(block.mixer.reserve(s, max_length) if isinstance(s, DSAState) else s for block, s in pairs)
+        return tuple(block.reserve(block_state, max_length) for block, block_state in pairs)
 
     def _check_state(self, state: Sequence[LayerState] | None) -> None:
         if state is not None:

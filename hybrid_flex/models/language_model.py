@@ -117,14 +117,15 @@ class HybridLanguageModel(nn.Module):
         return self.stack.init_state(batch_size, device=device, dtype=dtype)
 
     def reserve(self, states: Sequence[LayerState], max_length: int) -> tuple[LayerState, ...]:
-        """Give sparse layers room for ``max_length`` tokens, so that `step` writes in place instead of copying caches.
+        """Give attention layers room for ``max_length`` tokens: `step` then writes in place instead of copying caches.
 
         Args:
             states: what `forward` returned.
             max_length: tokens that every sequence may reach, prompt included.
 
         Returns:
-            One state per layer, with a `DSACache` in the place of each `DSAState`; KDA states do not grow and stay.
+            One state per layer, with a `DSACache` in the place of each `DSAState` and a `KVCache` in that of each
+            `KVState`; KDA states do not grow and stay.
 
         Raises:
             ValueError: a state holds more tokens than that.

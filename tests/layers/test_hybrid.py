@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hybrid_flex import DSACache
 from hybrid_flex.layers import (
     DeepSeekSparseAttention,
     DeepSeekSparseMLA,
@@ -48,6 +49,22 @@ def test_the_gate_learns() -> None:
     assert layer.gate_proj.weight.grad.any() and layer.gate_proj.bias.grad.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [SequentialHybrid, ParallelHybrid])
+def test_steps_into_a_reserved_cache_equal_the_whole(kind: type) -> None:
+    layer, x = kind(*parts()), torch.randn(2, 40, 32)
+    whole, _ = layer(x)
+    for begin in (0, 25):
+        _, state = layer(x[:, :begin]) if begin else (None, layer.init_state(2))
+        state = layer.reserve(state, 40)
+        cache = state[1]
+        assert isinstance(cache, DSACache) and cache.kv.shape[1] == 40
+        for t in range(begin, 40):
+            y_t, state = layer.step(x[:, t], state)
+            torch.testing.assert_close(y_t, whole[:, t], rtol=1e-5, atol=5e-6)
+        assert state[1] is cache and cache.lengths.tolist() == [40, 40]
+
+
 def test_latent_attention_fits_too() -> None:
     mla = DeepSeekSparseMLA(32, 4, kv_lora_rank=16, qk_nope_head_dim=8, v_head_dim=8, topk=8, index_head_dim=8)
     y, (_, cache) = SequentialHybrid(parts()[0], mla)(torch.randn(1, 12, 32))
@@ -65,6 +82,13 @@ def test_what_does_not_fit_is_refused(kind: type) -> None:
     _, state = layer(torch.randn(1, 9, 32), cu_seqlens=torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="state must hold a cache, got the state of packed sequences"):
         layer.step(torch.randn(1, 32), state)
+    with pytest.raises(ValueError, match="reserve: state must hold a cache, got the state of packed sequences"):
+        layer.reserve(state, 20)
+    _, state = layer(torch.randn(1, 9, 32))
+    with pytest.raises(ValueError, match="max_length must be at least 9, the tokens held, got 8"):
+        layer.reserve(state, 8)
+    with pytest.raises(ValueError, match="reserve: state must hold a DSAState, which grows, got a DSACache"):
+        layer.reserve(layer.reserve(state, 12), 20)
 
 
 def test_swiglu_is_its_equation() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hybrid_flex.layers import DSACache
+from hybrid_flex.layers import DSACache, KVCache
 from hybrid_flex.models import HybridBlock, HybridConfig, HybridLanguageModel, LayerWiseHybrid
 
 SMALL = HybridConfig(
@@ -74,12 +74,12 @@ def test_steps_into_reserved_caches_equal_the_whole(name: str) -> None:
     model, ids = build(name), tokens(2, 40)
     whole, _ = model(ids)
     states = model.reserve(model(ids[:, :25])[1], 40)
-    places = [state.kv.data_ptr() for state in states if isinstance(state, DSACache)]
-    assert len(places) == sum(letter in "SR" for letter in model.config.letters)
+    places = [state.kv.data_ptr() for state in states if isinstance(state, DSACache | KVCache)]
+    assert len(places) == sum(letter in "SRD" for letter in model.config.letters)
     for t in range(25, 40):
         logits, states = model.step(ids[:, t], states)
         torch.testing.assert_close(logits, whole[:, t], **CLOSE)
-    assert places == [state.kv.data_ptr() for state in states if isinstance(state, DSACache)]
+    assert places == [state.kv.data_ptr() for state in states if isinstance(state, DSACache | KVCache)]
 
 
 def test_reserving_too_little_is_refused() -> None:
