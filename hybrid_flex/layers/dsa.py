@@ -19,7 +19,7 @@ class DeepSeekSparseAttention(SparseLayer):
     """Attend to the ``topk`` past tokens that a `LightningIndexer` selects, the same ones for every head.
 
     ``o_t = softmax_{s in S_t}(D^-0.5 q_t . k_s) v_s`` with ``S_t`` the selection of query t.  While a sequence is no
-    longer than ``topk`` this is dense causal attention.
+    longer than ``topk`` this is dense causal attention, and is computed so with ``backend="auto"``.
 
     Args:
         hidden_size: model width.
@@ -127,9 +127,9 @@ class DeepSeekSparseAttention(SparseLayer):
             q, k = apply_rope(q, cos, sin, self.rope_layout), apply_rope(k, cos, sin, self.rope_layout)
         return Projected(q, torch.cat((k, v), dim=-1), query_input=x)
 
-    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attended(self, q: Tensor, kv: Tensor, *, dense: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         k, v = kv.split(self.head_dim, dim=-1)
         return q, k, v
 
-    def _output(self, o: Tensor) -> Tensor:
+    def _output(self, o: Tensor, *, dense: bool = False) -> Tensor:
         return self.o_proj(o.flatten(-2))

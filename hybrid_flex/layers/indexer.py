@@ -137,16 +137,26 @@ class LightningIndexer(nn.Module):
 
         ``positions`` are the tokens' places in their sequences, ``[T]``.
         """
+        q_idx, w = self.project_queries(x, positions, query_input=query_input)
+        return q_idx, w, self.project_keys(x, positions)
+
+    def project_queries(
+        self, x: Tensor, positions: Tensor, *, query_input: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Make the queries ``[B, T, HI, DI]`` and head weights ``[B, T, HI]`` of `project`."""
         q_idx = self.wq(x if query_input is None else query_input).unflatten(-1, (self.num_heads, self.head_dim))
-        k_idx = self.k_norm(self.wk(x))
         if self.rope_dim > 0:
             cos, sin = rope_cos_sin(positions, self.rope_dim, self.rope_theta)
             q_idx = apply_rope(q_idx, cos, sin, self.rope_layout)
+        return q_idx, self.weights_proj(x) * (self.num_heads**-0.5 * self.head_dim**-0.5)
+
+    def project_keys(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Make the cache rows ``[B, T, cache_width]`` of `project`."""
+        k_idx = self.k_norm(self.wk(x))
+        if self.rope_dim > 0:
+            cos, sin = rope_cos_sin(positions, self.rope_dim, self.rope_theta)
             k_idx = apply_rope(k_idx, cos, sin, self.rope_layout)
-        w = self.weights_proj(x) * (self.num_heads**-0.5 * self.head_dim**-0.5)
-        if self.kpool > 1:
-            k_idx = torch.cat((k_idx, self.pool_gate(x)), dim=-1)
-        return q_idx, w, k_idx
+        return k_idx if self.kpool == 1 else torch.cat((k_idx, self.pool_gate(x)), dim=-1)
 
     def select(
         self, q_idx: Tensor, w: Tensor, index_keys: Tensor, *, query_start: int = 0, cu_seqlens: Tensor | None = None
@@ -200,6 +210,12 @@ class LightningIndexer(nn.Module):
     def tokens(self, selection: Tensor, *, query_start: int | Tensor = 0) -> Tensor:
         """Turn what `select` chose into token indices: pools are written out and their visible tail added."""
         return selection if self.kpool == 1 else expand_pools(selection, self.kpool, query_start=query_start)
+
+    def every_token(self, batch_size: int, num_tokens: int, device: torch.device) -> Tensor:
+        """Write out what `tokens` gives of a whole sequence of at most ``topk`` tokens, which selects all it sees."""
+        token = torch.arange(self.topk + self.kpool - 1, dtype=torch.int32, device=device)
+        query = torch.arange(num_tokens, dtype=torch.int32, device=device)[:, None]
+        return torch.where(token <= query, token, -1).expand(batch_size, -1, -1)
 
     def kl_loss(
         self,

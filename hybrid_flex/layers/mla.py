@@ -47,7 +47,8 @@ class DeepSeekSparseMLA(SparseLayer):
         index_rope_layout: `RopeLayout` of the indexer (DeepSeek-V3.2: half).
         norm_eps: eps of the two RMS norms.
         share_indices: True for a layer without an indexer, which attends to the ``indices`` it is given.
-        form: "absorbed" or "expanded".
+        form: "absorbed" or "expanded", for attention over a selection; dense attention (the warm-up stage, sequences of
+            at most ``topk`` tokens) has its heads written out in either.
         backend: of `sparse_attention`: "auto", "gather", "flex" or "reference".
 
     Raises:
@@ -151,11 +152,18 @@ class DeepSeekSparseMLA(SparseLayer):
             latent = torch.cat((latent, k_rot), dim=-1)
         return Projected(q, latent.unsqueeze(2), query_input)
 
-    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self._absorb(q, kv) if self.form == "absorbed" else self._expand(q, kv)
+    def _attended(self, q: Tensor, kv: Tensor, *, dense: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not dense:
+            return self._expand(q, kv) if self.form == "expanded" else self._absorb(q, kv)
+        # NOTE [One width]: the fused kernels behind dense attention want values as wide as keys, on a CPU all of them;
+        # what they do with others is four times slower there, and holds T x T logits.
+        q, k, v = self._expand(q, kv)
+        return q, k, torch.nn.functional.pad(v, (0, max(0, q.shape[-1] - v.shape[-1])))
 
-    def _output(self, o: Tensor) -> Tensor:
-        if self.form == "absorbed":
+    def _output(self, o: Tensor, *, dense: bool = False) -> Tensor:
+        if dense:
+            o = o[..., : self.v_head_dim]  # NOTE [One width]
+        elif self.form == "absorbed":
             o = torch.einsum("bthr,hdr->bthd", o, self._expansion()[1])
         return self.o_proj(o.flatten(-2))
 

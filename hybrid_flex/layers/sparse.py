@@ -2,6 +2,14 @@
 
 x -> q, k, v, cache (the layer's own `_project`)
 x -> indexer q, k, w -> lightning_topk -> indices -> sparse_attention -> the layer's own `_output`
+
+# NOTE [Short sequences]
+A query with at most topk visible tokens selects all of them, so a whole sequence of at most topk tokens is plain causal
+attention, and its selection is known without a score.  With ``backend="auto"`` it is computed so: two graphs of a
+compiled layer serve all lengths, one on either side of topk.  An exported program has only one, for any length, and
+always selects.  Dense attention has other costs than sparse attention: MLA attends to heads that it has written out,
+which are narrower than the latent (192 and 128 columns for 576 and 512 in DeepSeek-V3.2) and cost as much to make as
+absorbed queries and outputs do.
 """
 
 from __future__ import annotations
@@ -49,16 +57,22 @@ class SparseLayer(nn.Module):
         """Make queries and rows of the cache of x ``[B, T, D]``, whose tokens stand at ``positions [T]`` or [B, T]."""
         raise NotImplementedError
 
-    def _attended(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _attended(self, q: Tensor, kv: Tensor, *, dense: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
         """Turn queries and a cache ``[B, S, Hkv, X]`` into ``q [B, T, H, D]``, ``k [B, S, Hkv, D]`` and v, Dv wide.
 
-        No v where the values are the first ``value_dim`` columns of k.
+        No v where the values are the first ``value_dim`` columns of k, which they are not for ``dense`` attention.
         """
         raise NotImplementedError
 
-    def _output(self, o: Tensor) -> Tensor:
-        """Turn what was attended to, ``[B, T, H, DV]``, into ``y [B, T, D]``."""
+    def _output(self, o: Tensor, *, dense: bool = False) -> Tensor:
+        """Turn what was attended to, ``[B, T, H, DV]``, into ``y [B, T, D]``; ``dense`` as in `_attended`."""
         raise NotImplementedError
+
+    def _selects_everything(self, num_tokens: int) -> bool:
+        """Tell whether a whole sequence of so many tokens is attended densely: NOTE [Short sequences]."""
+        if self.indexer is None or self.backend != "auto" or torch.compiler.is_exporting():
+            return False
+        return num_tokens <= self.indexer.topk
 
     def _attend_to(self, q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor) -> Tensor:
         value_dim = self.value_dim if v is None else None
@@ -132,31 +146,40 @@ class SparseLayer(nn.Module):
         q, kv, query_input = self._project(x, positions)
         if state is not None:
             kv = torch.cat((state.kv, kv), dim=1)
-        q, k, v = self._attended(q, kv)
+        whole = state is None and cu_seqlens is None and indices is None and stage != "dense"
+        short = whole and self._selects_everything(x.shape[1])
+        dense = short or stage == "dense"
+        q, k, v = self._attended(q, kv, dense=dense)
 
         selection = None
         index_keys = x.new_zeros(x.shape[0], kv.shape[1], 0)
         if self.indexer is not None:
             # Detached: the indexer learns from its own loss only, and its loss moves nothing else.
-            q_idx, w, index_keys = self.indexer.project(x.detach(), positions, query_input=query_input.detach())
+            index_keys = self.indexer.project_keys(x.detach(), positions)
             if state is not None:
                 index_keys = torch.cat((state.index_keys, index_keys), dim=1)
-            if stage == "sparse" or (stage is None and indices is None):
+            selects = not short and (stage == "sparse" or (stage is None and indices is None))
+            if selects or stage is not None:
+                q_idx, w = self.indexer.project_queries(x.detach(), positions, query_input=query_input.detach())
+            if selects:
                 selection = self.indexer.select(q_idx, w, index_keys, query_start=start, cu_seqlens=cu_seqlens)
                 if indices is None:
                     indices = self.indexer.tokens(selection, query_start=start)
+            elif short:
+                indices = self.indexer.every_token(x.shape[0], x.shape[1], x.device)
 
-        if stage == "dense":
-            values = k[..., : self.value_dim] if v is None else v
-            o = dense_attention(q, k, values, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
+        if dense:
+            assert v is not None
+            o = dense_attention(q, k, v, scale=self.scale, has_past=state is not None, cu_seqlens=cu_seqlens)
         else:
             if indices is None:
                 raise ValueError(f"{type(self).__name__}: indices must come from an earlier layer, got None")
             o = self._attend_to(q, k, v, indices)
-        y = self._output(o)
+        y = self._output(o, dense=dense)
 
         loss = torch.zeros((), device=x.device)
         if stage is not None and self.indexer is not None:
+            # Where everything is selected the two stages compare the same keys.
             loss = self.indexer.kl_loss(
                 q_idx, w, index_keys, q, k, selection, scale=self.scale, query_start=start, cu_seqlens=cu_seqlens
             )
