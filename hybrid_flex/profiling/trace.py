@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import time
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from hybrid_flex.checks import check
+from hybrid_flex.profiling.names import models_of, named
+
+FILES: weakref.WeakKeyDictionary[profile, Path] = weakref.WeakKeyDictionary()
+"""Where the trace of a profiler lies: torch writes each one out once."""
 
 
 @contextmanager
@@ -20,6 +29,7 @@ def trace(
     warmup: int = 0,
     active: int | None = None,
     name: str | None = None,
+    model: nn.Module | Iterable[nn.Module] | None = None,
     record_shapes: bool = True,
     profile_memory: bool = True,
     with_stack: bool = False,
@@ -31,7 +41,8 @@ def trace(
     the ``active`` turns after them are.
 
     Show the trace with ``pip install -e '.[profile]'`` and ``tensorboard --logdir <logdir>``; writing it needs neither.
-    Our operators are rows of its operator table, named ranges (`range`) are bars of its timeline.
+    Our operators are rows of its operator table, named ranges (`range`, and those of ``model``) are bars of its
+    timeline.  `report` makes a table of it, with FLOP/s, bytes/s and the share of the roofline.
 
     Args:
         logdir: folder of the trace, made if absent.
@@ -39,7 +50,8 @@ def trace(
         warmup: turns in which it runs and throws away, >= 0; needs ``active``. At least 1 is wise.
         active: turns to record, positive; None to record everything.
         name: beginning of the file name; host and process number by default.
-        record_shapes: keep the shapes of every operator's inputs.
+        model: modules whose parts get ranges of their own while the body runs, see `named`.
+        record_shapes: keep the shapes of every operator's inputs, which `report` needs for FLOP and bytes.
         profile_memory: keep allocations and releases.
         with_stack: keep Python source lines; slower.
 
@@ -48,6 +60,7 @@ def trace(
 
     Raises:
         ValueError: a count is out of its range, or ``skip`` or ``warmup`` come without ``active``.
+        TypeError: ``model`` holds something that is no module.
         RuntimeError: the loop ended before the active turns, so that nothing was recorded.
 
     Device:
@@ -72,23 +85,31 @@ def trace(
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    write = tensorboard_trace_handler(os.fspath(logdir), worker_name=name)
+    folder, worker = Path(logdir), f"{socket.gethostname()}_{os.getpid()}" if name is None else name
+    folder.mkdir(parents=True, exist_ok=True)
     written = False
 
     def on_trace_ready(profiler: profile) -> None:
         nonlocal written
-        write(profiler)
+        # The name that torch-tb-profiler looks for: worker, time, ending.
+        path = folder / f"{worker}.{time.time_ns()}.pt.trace.json"
+        profiler.export_chrome_trace(str(path))
+        FILES[profiler] = path
         written = True
 
     turns = None if active is None else schedule(wait=skip, warmup=warmup, active=active, repeat=1)
-    with profile(
-        activities=activities,
-        schedule=turns,
-        on_trace_ready=on_trace_ready,
-        record_shapes=record_shapes,
-        profile_memory=profile_memory,
-        with_stack=with_stack,
-    ) as profiler:
+    models = models_of(model)
+    with (
+        profile(
+            activities=activities,
+            schedule=turns,
+            on_trace_ready=on_trace_ready,
+            record_shapes=record_shapes,
+            profile_memory=profile_memory,
+            with_stack=with_stack,
+        ) as profiler,
+        named(*models),
+    ):
         yield profiler
     if not written:
         raise RuntimeError(
