@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,8 @@ def trace_file(source: str | os.PathLike[str]) -> Path:
         return path
     files = [file for ending in _ENDINGS for file in path.rglob(f"*{ending}")] if path.is_dir() else []
     check(len(files) > 0, "report", "source", "be a trace or a folder that holds one (*.pt.trace.json)", path)
-    return max(files, key=lambda file: file.stat().st_mtime_ns)
+    # The clock of a file system is coarse; `trace` writes its own into the name.
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, re.findall(r"\.(\d+)\.pt\.", file.name)))
 
 
 def read_trace(path: Path) -> Trace:

@@ -82,6 +82,7 @@ def trace(
     check(warmup >= 0, op, "warmup", "be 0 or more", warmup)
     check(active is None or active > 0, op, "active", "be positive", active)
     check(active is not None or skip == warmup == 0, op, "active", "be given with skip or warmup", active)
+    models = models_of(model)
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
@@ -98,7 +99,6 @@ def trace(
         written = True
 
     turns = None if active is None else schedule(wait=skip, warmup=warmup, active=active, repeat=1)
-    models = models_of(model)
     with (
         profile(
             activities=activities,
