@@ -9,20 +9,26 @@ from torch import Tensor
 
 from hybrid_flex.checks import is_plain
 
-Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+Step = Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def chunk_scan(
-    step: Step, carry: Tensor, xs: tuple[Tensor, ...], sources: Iterable[Tensor | None]
+    step: Step,
+    carry: Tensor,
+    xs: tuple[Tensor, ...],
+    sources: Iterable[Tensor | None],
+    shared: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Carry a state through slices of ``xs``: ``carry, ys[i] = step(carry, xs[i])`` for i = 0, 1, ...
 
     Args:
-        step: function of the carry and one slice of every tensor in ``xs``; returns the next carry (same shape and
-            dtype) and a tuple of tensors to stack. It must not write to its arguments.
+        step: function of the carry, one slice of every tensor in ``xs``, and the tensors in ``shared``, if there are
+            any; returns the next carry (same shape and dtype) and a tuple of tensors to stack. It must not write to its
+            arguments, and captures no tensor.
         carry: the state before the first slice.
         xs: tensors that share their leading dimension, at least 1 long.
         sources: the tensors from whose sizes those of ``carry`` and ``xs`` are computed: the arguments of the operator.
+        shared: tensors that every step reads whole.
 
     Returns:
         The last carry and the stacked ``ys``, each with the leading dimension of ``xs``.
@@ -35,19 +41,20 @@ def chunk_scan(
     if scan_op is not None:
 
         def combine(*flat: Tensor) -> tuple[Tensor, ...]:
-            state, ys = step(flat[0], flat[1 : 1 + len(xs)])
+            whole = flat[1 + len(xs) : 1 + len(xs) + len(shared)]
+            state, ys = step(flat[0], flat[1 : 1 + len(xs)], *whole)
             # Outputs of a scan body may not alias one another or an input.
             return tuple(t.clone() for t in (state, *ys))
 
         # The carry goes in as a copy of its own: a scan may not alias its inputs either. Slices of dense tensors are
         # views; a tensor with gaps would be copied whole, once per slice, by the loop that a scan is lowered to.
         witnesses = _size_witnesses(sources)
-        last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], witnesses)
+        last, *stacked = scan_op(combine, [carry.clone()], [_dense(x) for x in xs], (*shared, *witnesses))
         return last, tuple(stacked)
 
     outputs: list[tuple[Tensor, ...]] = []
     for i in range(xs[0].shape[0]):
-        carry, ys = step(carry, tuple(x[i] for x in xs))
+        carry, ys = step(carry, tuple(x[i] for x in xs), *shared)
         outputs.append(ys)
     return carry, tuple(torch.stack(column) for column in zip(*outputs, strict=True))
 

@@ -1,9 +1,16 @@
-"""How an operator is run: which form serves a tensor, and in which precision."""
+"""How an operator is run: which form serves a tensor, in which precision, and what stands for it without this library.
+
+NOTE [Plain forms]: a program that holds our operators as single nodes needs them registered where it is loaded.  Each
+operator that layers call in a forward pass therefore has a plain form: a function with the operator's arguments and
+results, of PyTorch's own operators only, that can be traced with open sizes.  For an operator whose body is traceable
+this is the body itself.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -11,10 +18,36 @@ from torch import Tensor
 
 Operator = TypeVar("Operator", bound=Callable[..., Any])
 
+PLAIN_FORMS: dict[str, Callable[..., Any]] = {}
+"""The plain form of each operator, by its name without the namespace."""
+
+_kernels_wanted = True
+
 
 def has_kernels(x: Tensor) -> bool:
     """Tell whether Triton kernels serve ``x``: on CUDA, in every dtype but float64."""
-    return x.is_cuda and x.dtype != torch.float64
+    return x.is_cuda and x.dtype != torch.float64 and _kernels_wanted
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Let operators that are traced in the body take their plain forms on CUDA, too."""
+    global _kernels_wanted
+    before, _kernels_wanted = _kernels_wanted, False
+    try:
+        yield
+    finally:
+        _kernels_wanted = before
+
+
+def plain_form(*names: str) -> Callable[[Operator], Operator]:
+    """Make a function the plain form of the operators ``names``: NOTE [Plain forms]."""
+
+    def register(function: Operator) -> Operator:
+        PLAIN_FORMS.update(dict.fromkeys(names, function))
+        return function
+
+    return register
 
 
 def in_its_own_precision(operator: Operator) -> Operator:

@@ -136,6 +136,18 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
     return keep.nonzero()[:, 1].view(-1, topk)
 
 
+def mark_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tensor:
+    """Mark what `select_topk` selects, bool ``[b, L]`` for ``scores [b, L]`` with ``L >= topk``; reads and writes nothing.
+
+    A graph can hold it: sizes may be open.
+    """
+    first, last = first[:, None], last[:, None]
+    column = torch.arange(scores.shape[1], device=scores.device)
+    scores = scores.masked_fill((column < first) | (column >= last), float("-inf"))
+    threshold = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    return _fill(scores, threshold, first, last, topk)
+
+
 def _fill(scores: Tensor, threshold: Tensor, first: Tensor, last: Tensor, topk: int) -> Tensor:
     """Mark everything above the threshold and the lowest columns that equal it, ``topk`` in all, inside the range."""
     column = torch.arange(scores.shape[1], device=scores.device)

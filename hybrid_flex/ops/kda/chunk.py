@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hybrid_flex.checks import check_choice
 from hybrid_flex.ops.chunk_scan import chunk_scan
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, plain_form
 
 from .decay import Decay, DecayGrads, decay_tree, decay_tree_backward
 from .inputs import (
@@ -163,6 +163,7 @@ def _is_training(raw: Raw, initial_state: Tensor | None) -> bool:
 
 
 @torch.library.triton_op("hybrid_flex::chunk_kda", mutates_args=())
+@plain_form("chunk_kda")
 @in_its_own_precision
 def _chunk_kda(
     q: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import FLOATING, check, check_choice, check_device, check_dtype, check_shape
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, plain_form
 from hybrid_flex.ops.sums import sum_over_tokens
 
 ACTIVATIONS = ("sigmoid", "silu")
@@ -20,6 +20,7 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.triton_op("hybrid_flex::gated_rms_norm", mutates_args=())
+@plain_form("gated_rms_norm")
 @in_its_own_precision
 def _gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: str) -> Tensor:
     if has_kernels(x):

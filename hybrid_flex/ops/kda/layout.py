@@ -85,4 +85,4 @@ def to_tokens(x: Tensor, batch_size: int, num_tokens: int, packing: Packing | No
         return x.index_select(1, packing.row)
     # Always a copy: a slice that fills its chunks is dense already, and keeping it would fix a compiled graph, traced
     # with another length, to lengths that do not fill theirs.
-    return x[:, :num_tokens].clone(memory_format=torch.contiguous_format)
+    return x.narrow(1, 0, num_tokens).clone(memory_format=torch.contiguous_format)

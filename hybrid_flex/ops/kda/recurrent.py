@@ -22,7 +22,7 @@ from hybrid_flex.checks import (
     check_shape,
 )
 from hybrid_flex.ops.chunk_scan import chunk_scan
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, plain_form
 
 from .chunk import CHUNK_SIZES, backward, fake, setup_context
 from .inputs import Raw, accumulation_dtype, activate, check_inputs, state_or_zeros
@@ -153,6 +153,7 @@ def fused_recurrent_kda(
 
 
 @torch.library.triton_op("hybrid_flex::fused_recurrent_kda", mutates_args=())
+@plain_form("fused_recurrent_kda")
 @in_its_own_precision
 def _fused_recurrent_kda(
     q: Tensor,

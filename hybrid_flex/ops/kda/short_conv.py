@@ -28,7 +28,7 @@ from hybrid_flex.checks import (
     check_rank,
     check_shape,
 )
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, plain_form
 from hybrid_flex.ops.sums import sum_over_tokens
 
 MIN_TAPS, MAX_TAPS = 2, 8
@@ -102,6 +102,7 @@ def _convolve(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.triton_op("hybrid_flex::short_conv", mutates_args=())
+@plain_form("short_conv")
 @in_its_own_precision
 def _short_conv(
     x: Tensor,
