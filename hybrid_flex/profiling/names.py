@@ -176,8 +176,8 @@ def named(*models: nn.Module) -> Iterator[None]:
 
     Ranges say where in the model something ran, ``"block 3/mixer/projections"``; modules that are not ours are named by
     their attribute.  A module that is compiled (``torch.compile(module)``, ``module.compile()``) stays as it is, and so
-    does what it holds: a graph has no modules.  A compiled function of yours that calls a model goes on working, unnamed;
-    where a graph for it exists already, it is traced once more for the body.
+    does what it holds: a graph has no modules.  A compiled function of yours that calls a model works on, unnamed; if
+    it has a graph already, it is traced once more for the body.
 
     Args:
         models: modules, ours or not.

@@ -90,6 +90,7 @@ def _best_product(device: torch.device, dtype: torch.dtype, seconds: float) -> f
         def product(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
             torch.mm(a, b, out=out)
 
+        product()  # the first of a size sets libraries up
         took = _time(product, device)
         best = max(best, 2 * n**3 / took)
         if took * 8 < seconds / 10 and n < _WIDEST[device.type]:
