@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 # Importing the models registers the operators and the state dataclasses, without which no program of theirs loads.
 from hybrid_flex.checks import check
+from hybrid_flex.layers import LightningIndexer
 from hybrid_flex.models import HybridLanguageModel
 
 SUFFIX = ".pt2"
@@ -24,7 +29,14 @@ _OPERATOR = re.compile(r'"torch\.ops\.(\w+)\.(\w+)\.\w+"')
 
 
 def export_prefill(
-    model: nn.Module, *, batch_size: int = 2, seq_len: int = 128, dynamic: bool = True, strict: bool = False
+    model: nn.Module,
+    *,
+    batch_size: int = 2,
+    seq_len: int = 128,
+    dynamic: bool = True,
+    max_batch_size: int | None = None,
+    max_seq_len: int | None = None,
+    strict: bool = False,
 ) -> ExportedProgram:
     """Export the pass over a whole prompt as one program: ``ids [B, T] -> (logits, states)``, or ``x -> (y, state)``.
 
@@ -38,14 +50,19 @@ def export_prefill(
         batch_size: B of the traced example, positive.
         seq_len: T of the traced example, positive.
         dynamic: leave B and T open, the default: the example's sizes then mean nothing, and the program accepts any
-            from 1. False fixes them to the example's.
+            from 1 up to the bounds below (T from 2 where `DeepSeekSparseMLA` has pooled index keys). False fixes them
+            to the example's.
+        max_batch_size: largest B that the program accepts; None for any.
+        max_seq_len: largest T that the program accepts; None for any.
         strict: trace through Dynamo, which also rejects Python side effects; False (faster) runs the module as it is.
 
     Returns:
-        The program. ``program.module()`` is callable; `save` writes it to a file.
+        The program. ``program.module()`` is callable, and `runner` says in one sentence why an input does not fit;
+        `save` writes it to a file.
 
     Raises:
-        ValueError: a size is not positive, or the model is neither a language model nor has a ``hidden_size``.
+        ValueError: a size is not positive, a bound comes with ``dynamic=False``, or the model is neither a language
+            model nor has a ``hidden_size``.
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -62,38 +79,67 @@ def export_prefill(
         (torch.Size([3, 20, 50]), torch.Size([3, 2, 16, 16]))
     """
     op = "export_prefill"
-    check(batch_size > 0, op, "batch_size", "be positive", batch_size)
-    check(seq_len > 0, op, "seq_len", "be positive", seq_len)
-    if dynamic:
-        # A dimension of size 1 is taken for a constant, whatever is declared.
-        batch_size, seq_len = max(batch_size, 2), max(seq_len, 2)
-    example = _example(model, batch_size, seq_len)
-    # No named ranges: where a kernel needs a multiple they fail, an undeclared dimension does not.
-    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},) if dynamic else None
-    return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=strict)
+    batch_size, B = open_dimension(op, "batch_size", batch_size, max_batch_size, dynamic)
+    seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
+    example = example_input(op, model, batch_size, seq_len)
+    with oblivious(_has_pooled_keys(model) or 2 in (max_batch_size, max_seq_len)):
+        return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
 
 
-def _example(model: nn.Module, batch_size: int, seq_len: int) -> Tensor:
-    """Make an input of ``model``: zeros, because only its shape and dtype are traced."""
+def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: bool) -> tuple[int, Any]:
+    """Say what size an example has along a dimension, and what `torch.export` is told about it.
+
+    No named dimensions: where a kernel needs a multiple they fail, an undeclared one with a range does not.
+    """
+    check(size > 0, op, name, "be positive", size)
+    check(largest is None or largest > 0, op, f"max_{name}", "be positive", largest)
+    check(largest is None or dynamic, op, f"max_{name}", "be None with dynamic=False", largest)
+    if not dynamic:
+        return size, Dim.STATIC
+    if largest == 1:
+        return 1, Dim.STATIC
+    # An example of size 1 would be taken for a constant, whatever is declared.
+    size = max(size, 2)
+    return (size, Dim.DYNAMIC(min=1)) if largest is None else (min(size, largest), Dim.DYNAMIC(min=1, max=largest))
+
+
+def oblivious(wanted: bool) -> AbstractContextManager[None]:
+    """Trace without asking what an open size is in the example.
+
+    NOTE [Sizes that are asked about]
+    A graph is traced with an example, and "is there one pool of 4 tokens?" is answered for its length: the program is
+    bound to lengths of the same answer, with ``index_kpool = 4`` to T >= 8.  Likewise a size of at most 2 is taken for
+    a constant, because 0 and 1 are.  Oblivious of the example, torch answers for all sizes.  Not always, because then
+    it forgets that an open size is no 1: the products of `DeepSeekSparseMLA` ask that, and T = 1 would be refused.
+    """
+    patch: AbstractContextManager[None] = symbolic_shapes.patch(backed_size_oblivious=wanted)  # type: ignore[attr-defined]
+    return patch
+
+
+def _has_pooled_keys(model: nn.Module) -> bool:
+    return any(isinstance(module, LightningIndexer) and module.kpool > 1 for module in model.modules())
+
+
+def example_input(op: str, model: nn.Module, *sizes: int) -> Tensor:
+    """Make an input of ``model``, ids or hidden states: zeros, because only its shape and dtype are traced."""
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     if isinstance(model, HybridLanguageModel):
-        return torch.zeros(batch_size, seq_len, dtype=torch.int64, device=device)
+        return torch.zeros(sizes, dtype=torch.int64, device=device)
     width = getattr(model, "hidden_size", getattr(getattr(model, "config", None), "hidden_size", None))
     if not isinstance(width, int):
         raise ValueError(
-            "export_prefill: model must be a HybridLanguageModel, or a layer with a hidden_size, "
-            f"got {type(model).__name__}"
+            f"{op}: model must be a HybridLanguageModel, or a layer with a hidden_size, got {type(model).__name__}"
         )
     dtype = torch.float32 if parameter is None else parameter.dtype
-    return torch.zeros(batch_size, seq_len, width, dtype=dtype, device=device)
+    return torch.zeros(*sizes, width, dtype=dtype, device=device)
 
 
 def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Write a program to ``path``, weights included; the file appears whole or not at all.
 
     Args:
-        program: what `export_prefill` or `torch.export.export` made.
+        program: what `export_prefill`, `export_decode` or `torch.export.export` made.
         path: a file name ending in ``.pt2``; missing folders are made, an older file is replaced.
 
     Raises:
@@ -119,8 +165,23 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as beside:
         # The same name, because the archive carries it inside.
         written = Path(beside) / path.name
-        torch.export.save(program, written)
+        torch.export.save(_without_states(program), written)
         os.replace(written, path)
+
+
+def _without_states(program: ExportedProgram) -> ExportedProgram:
+    """Drop the example if it holds states: caches, megabytes of zeros, would go into the file."""
+    if all(isinstance(leaf, Tensor) for leaf in _arguments(program)):
+        return program
+    program = copy.copy(program)
+    program.example_inputs = None
+    return program
+
+
+def _arguments(program: ExportedProgram) -> list[object]:
+    """List the example's arguments, none of them opened."""
+    arguments, options = program.example_inputs or ((), {})
+    return [*arguments, *options.values()]
 
 
 def load(path: str | os.PathLike[str]) -> ExportedProgram:

@@ -186,6 +186,13 @@ class HybridBlock(nn.Module):
         h = x_t + mixed
         return h + self.mlp(self.mlp_norm(h)), new_state, indices
 
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> LayerState:
+        """Make the mixer's state of ``batch_size`` sequences without a past."""
+        state: LayerState = self.mixer.init_state(batch_size, device=device, dtype=dtype)
+        return state
+
     def reserve(self, state: LayerState, max_length: int) -> LayerState:
         """Turn a cache that grows into one of fixed size, with room for ``max_length`` tokens; KDA states stay.
 
@@ -287,7 +294,7 @@ class LayerWiseHybrid(nn.Module):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> tuple[LayerState, ...]:
         """Make the states of ``batch_size`` sequences without a past."""
-        return tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
+        return tuple(block.init_state(batch_size, device=device, dtype=dtype) for block in self.blocks)
 
     def reserve(self, state: Sequence[LayerState], max_length: int) -> tuple[LayerState, ...]:
         """Turn the caches of attention blocks, which grow, into caches of fixed size, for `step`; KDA states stay.
