@@ -371,7 +371,7 @@ _hopper_forward.register_fake(_fake_cuda_forward)
 _hopper_forward.register_autograd(_gradient_on_cuda, setup_context=_save_for_cuda)
 
 
-def _in_kernels(q: Tensor, v: Tensor) -> bool:
+def is_in_kernels(q: Tensor, v: Tensor) -> bool:
     """Tell whether the kernels serve these tensors."""
     if not has_kernels(q):
         return False
@@ -467,7 +467,7 @@ def sparse_attention(
     if backend == "flex":
         check_dtype(op, "q", q, (torch.bfloat16, torch.float16, torch.float32))
         return torch.ops.hybrid_flex.sparse_attention_flex(q, k, values, indices, scale)
-    if not _in_kernels(q, values):
+    if not is_in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)
     arguments = (q, k, k.new_empty(0) if v is None else v, indices, scale, value_dim or 0)
     if _in_hopper_kernel(q, k, value_dim or 0):
