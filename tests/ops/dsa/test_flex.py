@@ -164,3 +164,27 @@ def test_outputs_are_written_everywhere(nan_memory: None, selection: Callable[..
         strict=True,
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_tiles_fit_and_divide_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from hybrid_flex.kernels import launch
+
+    cuda = torch.device("cuda", 0)
+    assert flex.kernel_options(64, 512, 512, torch.bfloat16, torch.device("cpu")) == {}
+    for limit in (99 * 1024, launch.HOPPER_BYTES):
+        monkeypatch.setattr(launch, "device_limits", lambda device, limit=limit: (limit, 9))
+        for rows in (0, 1, 12, 64, 130):
+            for D, V in ((64, 64), (128, 96), (512, 512), (576, 512)):
+                for dtype in (torch.bfloat16, torch.float32):
+                    tiles = flex.kernel_options(rows, D, V, dtype, cuda)
+                    assert ("FORCE_USE_FLEX_ATTENTION" in tiles) == (rows == 0)
+                    if rows == 0 and D <= 256:
+                        continue
+                    padded = 1024 if D == 576 else D
+                    held = tiles["BLOCK_M"] * padded + tiles["num_stages"] * 16 * (padded + V)
+                    assert tiles["BLOCK_N"] == 16 and flex.BLOCK_SIZE % tiles["BLOCK_M"] == 0
+                    if limit == launch.HOPPER_BYTES:
+                        assert held * dtype.itemsize < limit
+    best = {"BLOCK_M": 64, "BLOCK_N": 16, "num_warps": 8, "num_stages": 3}
+    assert flex.kernel_options(64, 512, 512, torch.bfloat16, cuda) == best
