@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check
-from hybrid_flex.export.programs import example_input, oblivious, open_dimension
+from hybrid_flex.export.programs import asking_no_size, example_input, open_dimension
 from hybrid_flex.models import HybridLanguageModel
 
 
@@ -51,8 +51,9 @@ def export_decode(
         end of a full cache raises IndexError on a CPU; on CUDA nothing is checked that would wait for the device.
 
     Raises:
-        ValueError: a size is not positive, the model has no ``step`` and ``init_state``, or its layer cannot decode
-            alone (one that shares the selection of another, or an MLA layer in its expanded form).
+        ValueError: a size is not positive, ``max_batch_size`` is 2 with `DeepSeekSparseMLA`, the model has no ``step``
+            and ``init_state``, or its layer cannot decode alone (one that shares the selection of another, or an MLA
+            layer in its expanded form).
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -78,7 +79,7 @@ def export_decode(
         )
     token, states = example_input(op, model, batch_size), empty_states(model, batch_size, max_length)
     # Without gradients no node of the graph switches them off and on again.
-    with torch.no_grad(), oblivious(max_batch_size == 2):
+    with torch.no_grad(), asking_no_size(op, model, {"max_batch_size": max_batch_size}, if_pooled=False):
         return torch.export.export(
             _stepping(model), (token, states), dynamic_shapes=({0: B}, _dynamic(states, B)), strict=strict
         )

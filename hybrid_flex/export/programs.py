@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 # Importing the models registers the operators and the state dataclasses, without which no program of theirs loads.
 from hybrid_flex.checks import check
-from hybrid_flex.layers import LightningIndexer
+from hybrid_flex.layers import DeepSeekSparseMLA, LightningIndexer
 from hybrid_flex.models import HybridLanguageModel
 
 SUFFIX = ".pt2"
@@ -61,8 +62,8 @@ def export_prefill(
         `save` writes it to a file.
 
     Raises:
-        ValueError: a size is not positive, a bound comes with ``dynamic=False``, or the model is neither a language
-            model nor has a ``hidden_size``.
+        ValueError: a size is not positive, a bound comes with ``dynamic=False`` or is 2 with `DeepSeekSparseMLA`, or
+            the model is neither a language model nor has a ``hidden_size``.
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -82,7 +83,8 @@ def export_prefill(
     batch_size, B = open_dimension(op, "batch_size", batch_size, max_batch_size, dynamic)
     seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
     example = example_input(op, model, batch_size, seq_len)
-    with oblivious(_has_pooled_keys(model) or 2 in (max_batch_size, max_seq_len)):
+    bounds = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
+    with asking_no_size(op, model, bounds, if_pooled=True):
         return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
 
 
@@ -103,21 +105,27 @@ def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: 
     return (size, Dim.DYNAMIC(min=1)) if largest is None else (min(size, largest), Dim.DYNAMIC(min=1, max=largest))
 
 
-def oblivious(wanted: bool) -> AbstractContextManager[None]:
-    """Trace without asking what an open size is in the example.
+def asking_no_size(
+    op: str, model: nn.Module, bounds: Mapping[str, int | None], *, if_pooled: bool
+) -> AbstractContextManager[None]:
+    """Trace without asking what an open size is in the example, where that is needed.
 
     NOTE [Sizes that are asked about]
     A graph is traced with an example, and "is there one pool of 4 tokens?" is answered for its length: the program is
     bound to lengths of the same answer, with ``index_kpool = 4`` to T >= 8.  Likewise a size of at most 2 is taken for
     a constant, because 0 and 1 are.  Oblivious of the example, torch answers for all sizes.  Not always, because then
-    it forgets that an open size is no 1: the products of `DeepSeekSparseMLA` ask that, and T = 1 would be refused.
+    it forgets that an open size is no 1: the products of `DeepSeekSparseMLA` ask that, and a size of 1 is refused.
     """
-    patch: AbstractContextManager[None] = symbolic_shapes.patch(backed_size_oblivious=wanted)  # type: ignore[attr-defined]
+    modules = list(model.modules())
+    pooled = any(isinstance(module, LightningIndexer) and module.kpool > 1 for module in modules)
+    latent = any(isinstance(module, DeepSeekSparseMLA) for module in modules)
+    for name, largest in bounds.items():
+        rule = "not be 2 with DeepSeekSparseMLA (sizes 1 and 2 ask for a program each, or for a larger bound)"
+        check(largest != 2 or not latent, op, name, rule, largest)
+    patch: AbstractContextManager[None] = symbolic_shapes.patch(  # type: ignore[attr-defined]
+        backed_size_oblivious=2 in bounds.values() or (pooled and if_pooled)
+    )
     return patch
-
-
-def _has_pooled_keys(model: nn.Module) -> bool:
-    return any(isinstance(module, LightningIndexer) and module.kpool > 1 for module in model.modules())
 
 
 def example_input(op: str, model: nn.Module, *sizes: int) -> Tensor:

@@ -114,6 +114,7 @@ class KVCache:
 
 for _cache in (DSACache, KVCache):
     torch.export.register_dataclass(_cache, serialized_type_name=f"hybrid_flex.{_cache.__name__}")
+    torch.serialization.add_safe_globals([_cache])
 
 
 def make_cache(

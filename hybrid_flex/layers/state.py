@@ -64,6 +64,8 @@ class KVState:
 
 for _state in (KDAState, DSAState, KVState):
     torch.export.register_dataclass(_state, serialized_type_name=f"hybrid_flex.{_state.__name__}")
+    # Tensors and nothing else: `torch.load` reads saved states without being told to trust the file.
+    torch.serialization.add_safe_globals([_state])
 
 
 def check_state(op: str, field: str, tensor: Tensor, shape: Sequence[int | None], num_sequences: int) -> None:

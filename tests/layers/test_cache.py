@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex import DeepSeekSparseAttention, DeepSeekSparseMLA, DSACache
+from hybrid_flex import (
+    CausalAttention,
+    DeepSeekSparseAttention,
+    DeepSeekSparseMLA,
+    DSACache,
+    KimiDeltaAttention,
+)
 
 Layer = DeepSeekSparseAttention | DeepSeekSparseMLA
 INDEXER = {"topk": 8, "index_heads": 2, "index_head_dim": 8}
@@ -144,3 +151,19 @@ def test_errors() -> None:
     for _ in range(4):
         layer.decode(torch.zeros(2, 2, 32, dtype=torch.float64), cache)
     expect("out of", lambda: layer.decode(torch.zeros(2, 1, 32, dtype=torch.float64), cache), IndexError)
+
+
+def test_states_are_saved_and_loaded(tmp_path: Path, fresh_process: Callable[..., str]) -> None:
+    """By `torch.save` and `torch.load`, which by default trusts no class it does not know."""
+    layer, kda, dense = make(gqa, 4), KimiDeltaAttention(32, 2, 16).double(), CausalAttention(32, 4).double()
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    states = [layer(x)[1], kda(x)[1], dense(x)[1], layer.init_cache(2, 8, page_size=4), dense.init_cache(2, 8)]
+    torch.save(states, tmp_path / "states.pt")
+    loaded = torch.load(tmp_path / "states.pt")
+    for a, b in zip(loaded, states, strict=True):
+        assert type(a) is type(b)
+        for name, value in vars(b).items():
+            torch.testing.assert_close(getattr(a, name), value, rtol=0, atol=0)
+    source = "import sys, torch, hybrid_flex; print(*[type(s).__name__ for s in torch.load(sys.argv[1])])"
+    kinds = ["DSAState", "KDAState", "KVState", "DSACache", "KVCache"]
+    assert fresh_process(source, tmp_path / "states.pt").split() == kinds
