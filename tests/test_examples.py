@@ -25,6 +25,7 @@ SHORT = {
     "hybrid_model": [],
     "kda_layer": [],
     "packed_sequences": [],
+    "profile_model": ["profile", "40"],
     "train_indexer": [],
 }
 TINY = [

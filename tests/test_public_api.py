@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import hybrid_flex
-from hybrid_flex import ops
+from hybrid_flex import ops, profiling
 
 TOP_LEVEL = [
     "DSACache",
@@ -67,6 +67,17 @@ SIGNATURES = {
     "sparse_attention": "q, k, v, indices, *, scale=None, backend='auto', value_dim=None",
 }
 
+PROFILING = {
+    "measure_roofline": "device='cpu', dtype=torch.float32, *, seconds=0.4",
+    "named": "*models",
+    "range": "name",
+    "report": "source, *, by='name', roofline=True, title=None",
+    "trace": "logdir, *, skip=0, warmup=0, active=None, name=None, model=None, record_shapes=True, "
+    "profile_memory=True, with_stack=False",
+}
+REPORT = ["figure", "markdown", "row", "to_dict", "write_markdown", "write_png", "write_tensorboard"]
+ROW = ["backward_ms", "bytes", "calls", "flop", "host_ms", "name", "roofline_share", "share", "time_ms"]
+
 
 def parameters(function: object) -> str:
     """Write the parameters of ``function`` without their annotations."""
@@ -110,3 +121,16 @@ def test_operator_is_documented(name: str) -> None:
     doc = inspect.getdoc(getattr(ops, name)) or ""
     for section in ("Args:", "Returns:", "Raises:", "Device:", "Source:", ">>> "):
         assert section in doc, f"{name} lacks {section}"
+
+
+@pytest.mark.parametrize("name", sorted(PROFILING))
+def test_profiling_signature_is_frozen(name: str) -> None:
+    assert parameters(getattr(profiling, name)) == PROFILING[name]
+    assert name in profiling.__all__
+
+
+def test_reports_have_their_names() -> None:
+    assert all(callable(getattr(profiling.Report, name)) for name in REPORT)
+    assert sorted(profiling.Row.__dataclass_fields__) == ROW
+    assert set(profiling.Roofline.__dataclass_fields__) == {"device", "dtype", "flop_per_s", "bytes_per_s"}
+    assert all(name in profiling.__all__ for name in ("Report", "Roofline", "Row"))

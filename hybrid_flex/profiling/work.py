@@ -5,9 +5,10 @@ once more on tensors of those shapes without data (device "meta"): that gives th
 formula.
 
 # NOTE [Bytes]
-Bytes are what an operator has to move at least: every tensor that it reads or writes, once.  Views move nothing.  What
-an operator of ours fetches again (the rows of a selection, the tiles of a product) is not counted, nor what stays in
-caches between two operators saved; a share of the roofline above 1 says that caches did better than memory.
+Bytes are what an operator has to move at least: every tensor that it reads or writes, once; of a table whose rows it
+looks up or replaces, as many rows as it names, and never more than there are.  Views move nothing.  What an operator
+fetches again (a row that many queries select, the tiles of a product) is not counted again, and what stays in caches
+between two operators is not left out: a share of the roofline above 1 says that caches did better than memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,26 @@ _MOVE_NOTHING = {
     "aten::resize_",
     "aten::result_type",
     "aten::set_",
+}
+
+# Operators that read, or replace, rows of a table: the argument that is the table, and the one whose elements (True:
+# whose elements times the width of a row) say how much of it.  "" is the result.
+_TABLES = {
+    "aten::embedding": ("weight", "", False),
+    "aten::index_select": ("self", "", False),
+    "aten::gather": ("self", "", False),
+    "aten::index": ("self", "", False),
+    "aten::index_put_": ("self", "values", False),
+    "aten::_index_put_impl_": ("self", "values", False),
+    "aten::index_copy_": ("self", "source", False),
+    "aten::index_add_": ("self", "source", False),
+    "aten::scatter_": ("self", "src", False),
+    "aten::scatter_add_": ("self", "src", False),
+    "hybrid_flex::kda_decode": ("state", "state_indices", True),
+    "hybrid_flex::sparse_attention_gather": ("k v", "indices", True),
+    "hybrid_flex::sparse_attention_flex": ("k v", "indices", True),
+    "hybrid_flex::sparse_attention_cuda": ("k v", "indices", True),
+    "hybrid_flex::sparse_attention_hopper": ("k v", "indices", True),
 }
 
 
@@ -187,6 +208,8 @@ def _measure(overload: Any, arguments: list[Any]) -> Work:
     except Exception:  # what a kernel without data cannot do has many names
         out = None
     moved = {id(x): x.numel() * x.element_size() for x in (*tensors, *tree_leaves(out)) if isinstance(x, Tensor)}
+    for table, rows in _looked_up(schema, arguments, out):
+        moved[id(table)] = min(moved[id(table)], rows)
     flop = 0
     formula = flop_registry.get(overload._overloadpacket)
     if formula is not None:
@@ -195,3 +218,20 @@ def _measure(overload: Any, arguments: list[Any]) -> Work:
         except (AssertionError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
             flop = 0  # a formula for other arguments than these
     return Work(flop if math.isfinite(flop) else 0, sum(moved.values()), dtype)
+
+
+def _looked_up(schema: Any, arguments: list[Any], out: Any) -> Iterator[tuple[Tensor, int]]:
+    """Yield the tables of a call and the bytes of theirs that it names."""
+    rule = _TABLES.get(schema.name)
+    if rule is None:
+        return
+    given = {a.name: x for a, x in zip(schema.arguments, arguments, strict=True)}
+    tables, key, by_row = rule
+    named = out if key == "" else given.get(key)
+    if not isinstance(named, Tensor):
+        return
+    for name in tables.split():
+        table = given[name]
+        leading = 2 if name in ("k", "v") else 1
+        width = table.shape[leading:].numel() if by_row else 1
+        yield table, named.numel() * width * table.element_size()

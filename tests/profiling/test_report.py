@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid_flex import HybridConfig, HybridLanguageModel, profiling
+from hybrid_flex.ops import sparse_attention
 from hybrid_flex.profiling.events import read_trace
 from hybrid_flex.profiling.outputs import si
 
@@ -206,6 +207,27 @@ def test_an_unknown_operator_and_a_trace_without_shapes(tmp_path: Path) -> None:
         torch.ones(8, 8) @ torch.ones(8, 8)
     found = profiling.report(tmp_path / "real", roofline=False)
     assert not found.has_shapes and found.rows[0].flop == 0 and "has no shapes" in found.markdown()
+
+
+def test_a_table_counts_the_rows_that_are_looked_up(tmp_path: Path) -> None:
+    table, ids = torch.randn(1000, 16), torch.arange(6)
+    cache, row = torch.zeros(2, 50, 4), torch.ones(2, 1, 4)
+    q, k = torch.randn(1, 2, 4, 8), torch.randn(1, 300, 1, 8)
+    indices = torch.arange(5, dtype=torch.int32).expand(1, 2, 5).contiguous()
+    with profiling.trace(tmp_path):
+        torch.nn.functional.embedding(ids, table)
+        cache.index_put_((torch.tensor([[0], [1]]), torch.tensor([[7], [9]])), row)
+        sparse_attention(q, k, k, indices)
+        sparse_attention(q[:, :1], k[:, :3], k[:, :3], indices[:, :1, :3])
+    found = profiling.report(tmp_path, by="operator", roofline=False)
+    looked_up = sum(row.bytes for row in found.rows if row.name in ("aten::embedding", "aten::index_select"))
+    assert looked_up == 6 * 8 + 2 * 4 * 6 * 16, "numbers, rows, result"
+    moved = sum(row.bytes for row in found.rows if "index_put" in row.name)
+    assert moved == 4 * 2 * 8, "values and rows; a trace does not hold the places"
+    o, lse = 4 * 2 * 4 * 8, 4 * 2 * 4
+    first = 2 * (4 * 10 * 8) + o + o + lse + 4 * 10
+    second = 2 * (4 * 3 * 8) + (o + o + lse) // 2 + 4 * 3
+    assert found.row("hybrid_flex::sparse_attention_gather").bytes == first + second
 
 
 SIZES: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "num_heads": 2, "topk": 4, "index_head_dim": 16}

@@ -1,0 +1,69 @@
+"""Facts about the machine that a profile ran on, and the memory that a call needs there."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import describe_device
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Collect what timings depend on: the device, and on a CPU how busy it is with other things."""
+    facts = describe_device(device)
+    if device.type == "cpu":
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else None
+        name = found[1] if found is not None else platform.processor() or platform.machine()
+        facts |= {"name": name, "cores": os.cpu_count(), "load_at_start": os.getloadavg()[0]}
+    return facts
+
+
+def describe(machine: dict[str, Any], versions: dict[str, str], date: str) -> str:
+    """Say in a line where and with what a report was made."""
+    where = machine["name"]
+    if "threads" in machine:
+        where += f", {machine['threads']} threads, load of the machine at the start {machine['load_at_start']:.1f}"
+    return f"{where}; torch {versions['torch']}, commit {versions['commit']}, {date}."
+
+
+# NOTE [Peak memory]: on a GPU torch counts what it allocates.  On a CPU: freed heap is given back to the kernel
+# (malloc_trim), the kernel's high-water mark of the resident set is brought down to the present level (5 into
+# /proc/self/clear_refs), and read again after the call (VmHWM).  It is everything the call needs beyond what lived
+# before it: workspace, saved activations, output, gradients, fragmentation of the heap.
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Return the bytes that a call holds at most beyond those held before it; None where nothing tells."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"no {key} in /proc/self/status")
+    return int(found[1]) * 1024
