@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hybrid_flex.checks import check
 from hybrid_flex.profiling.report import Report, Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SCALE = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 FORWARD_COLOUR, BACKWARD_COLOUR, ROOFLINE_COLOUR = "#3b6ea8", "#e08a3c", "#4f9d69"
@@ -98,8 +95,8 @@ def facts(report: Report) -> Iterable[str]:
         yield f"Most bytes on {device}, {beyond}: {si(peak, 'B')}."
 
 
-def figure(report: Report, max_rows: int = 12) -> Figure:
-    """Draw time per row, forward and backward, and the share of the roofline beside it."""
+def figure(report: Report, max_rows: int = 12) -> Any:
+    """Draw time per row, forward and backward, and the share of the roofline beside it: a matplotlib `Figure`."""
     from matplotlib.figure import Figure
 
     rows = _summed(report.rows, max_rows)[::-1]

@@ -9,7 +9,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.profiler import profile
@@ -19,9 +19,6 @@ from hybrid_flex.profiling.events import OTHERS, Event, Trace, read_trace, trace
 from hybrid_flex.profiling.roofline import Roofline, measure_roofline
 from hybrid_flex.profiling.trace import FILES
 from hybrid_flex.profiling.work import Work, work_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 GROUPINGS = ("name", "path", "operator")
 
@@ -100,8 +97,8 @@ class Report:
 
         return markdown(self, max_rows)
 
-    def figure(self, *, max_rows: int = 12) -> Figure:
-        """Draw time and share of the roofline per row as a matplotlib figure."""
+    def figure(self, *, max_rows: int = 12) -> Any:
+        """Draw time and share of the roofline per row: a `matplotlib.figure.Figure`."""
         from hybrid_flex.profiling.outputs import figure
 
         return figure(self, max_rows)
