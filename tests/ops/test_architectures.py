@@ -99,7 +99,7 @@ def test_the_hopper_kernel_compiles(D: int) -> None:
         signature[name] = "constexpr" if parameter.is_constexpr else given.get(name, "i32")
         if parameter.is_constexpr:
             constants[(i,)] = sizes[name]
-        elif name.startswith(("p_", "k_")):
+        elif name.startswith(("p_", "q_", "k_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(gather_hopper_kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})

@@ -135,9 +135,16 @@ def place(i_program, num_tokens, T, first, H: tl.constexpr, HKV: tl.constexpr, B
     return i_token, i_token // T, i_kv, i_token * H + i_kv * G + i_group, i_group < G
 
 
+@triton.jit
+def token_rows(p_x, i_token, i_batch, i_row, T, x_batch, x_token, x_head, H: tl.constexpr):
+    """Return pointers ``[BH, 1]`` to the heads that `place` gave of a token, in a tensor with strides of its own."""
+    return p_x + i_batch * x_batch + (i_token - i_batch * T) * x_token + (i_row - i_token * H) * x_head
+
+
 @triton.jit(do_not_specialize=["num_tokens", "T", "J"])
 def gather_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J,
+    q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -152,7 +159,7 @@ def gather_kernel(
     # Inductor passes numbers as float64.
     factor = tl.cast(scale, tl.float32) * LOG2_E
 
-    p_rows = p_q + i_row * D
+    p_rows = token_rows(p_q, i_token, i_batch, i_row, T, q_batch, q_token, q_head, H)
     b_q0 = load_piece(p_rows, m_head, 0, PIECE, D, MASKED)
     if PIECES > 1:
         b_q1 = load_piece(p_rows, m_head, PIECE, PIECE, D, MASKED)
@@ -307,13 +314,13 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
     constants, width = sizes_of(q, k, v)
-    k = dense_rows(k)
+    q, k = dense_rows(q), dense_rows(k)
     v = k if width.SHARED else dense_rows(v)
     B, T, J = q.shape[0], q.shape[1], indices.shape[2]
     H, HKV = constants["H"], constants["HKV"]
     tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
     grid = (B * T * HKV * -(-(H // HKV) // tiles["BH"]),)
     launchable(gather_kernel)[grid](
-        q.contiguous(), k, v, indices.contiguous(), o, lse, float(scale), B * T, T, J, *k.stride()[:3], *v.stride()[:3],
-        **constants, **tiles, num_stages=tiles["STAGES"],
+        q, k, v, indices.contiguous(), o, lse, float(scale), B * T, T, J,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, num_stages=tiles["STAGES"],
     )  # fmt: skip

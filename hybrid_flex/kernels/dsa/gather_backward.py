@@ -55,6 +55,7 @@ from .gather import (
     place,
     row_pointers,
     sizes_of,
+    token_rows,
     used_slots,
 )
 
@@ -116,7 +117,7 @@ def _delta(p_o, b_do, i_row, m_head, FIRST: tl.constexpr, PIECE: tl.constexpr, V
 @triton.jit(do_not_specialize=["num_tokens", "T", "J", "first", "BLOCKS"])
 def weights_kernel(
     p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_p, p_e, scale, num_tokens, T, J, first, BLOCKS,
-    k_batch, k_row, k_head, v_batch, v_row, v_head,
+    q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
     SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
@@ -130,7 +131,7 @@ def weights_kernel(
     number, has_gaps, last_row = look_through(p_slots, J)
     factor = tl.cast(scale, tl.float32) * LOG2_E
 
-    p_rows = p_do + i_row * V
+    p_rows = token_rows(p_do, i_token, i_batch, i_row, T, do_batch, do_token, do_head, H)
     b_do0 = load_piece(p_rows, m_head, 0, VPIECE, V, MASKED)
     b_delta = _delta(p_o, b_do0, i_row, m_head, 0, VPIECE, V, MASKED)
     if VPIECES > 1:
@@ -138,7 +139,7 @@ def weights_kernel(
         b_delta += _delta(p_o, b_do1, i_row, m_head, VPIECE, VPIECE, V, MASKED)
     b_delta = b_delta[:, None] - tl.load(p_dlse + i_row, mask=m_head, other=0.0)
     b_lse = tl.load(p_lse + i_row, mask=m_head, other=0.0) * LOG2_E
-    p_rows = p_q + i_row * D
+    p_rows = token_rows(p_q, i_token, i_batch, i_row, T, q_batch, q_token, q_head, H)
     b_q0 = load_piece(p_rows, m_head, 0, PIECE, D, MASKED)
     if PIECES > 1:
         b_q1 = load_piece(p_rows, m_head, PIECE, PIECE, D, MASKED)
@@ -184,7 +185,7 @@ def weights_kernel(
 @triton.jit(do_not_specialize=["S", "T", "J", "first", "num_tokens", "BLOCKS", "first_slice"])
 def rows_kernel(
     p_e, p_p, p_q, p_do, p_k, p_slots, p_dx, p_dq, scale, S, T, J, first, num_tokens, BLOCKS, first_slice,
-    k_batch, k_row, k_head,
+    q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BH: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
@@ -205,11 +206,13 @@ def rows_kernel(
 
     i_column = c0 + tl.arange(0, BC)[None, :]
     if KEYS:
-        b_q = load_slice(p_q + i_row * D, c0, m_head, D, BC, WHOLE, MASKED)
+        p_rows = token_rows(p_q, i_token, i_batch, i_row, T, q_batch, q_token, q_head, H)
+        b_q = load_slice(p_rows, c0, m_head, D, BC, WHOLE, MASKED)
         p_k += i_batch * k_batch + i_kv * k_head
         b_dq = tl.zeros([BH, BC], tl.float32)
     if VALUES:
-        b_do = load_slice(p_do + i_row * V, c0, m_head, V, BC, WHOLE, MASKED)
+        p_rows = token_rows(p_do, i_token, i_batch, i_row, T, do_batch, do_token, do_head, H)
+        b_do = load_slice(p_rows, c0, m_head, V, BC, WHOLE, MASKED)
     p_dx += (i_batch * S * HKV + i_kv) * WIDTH
     o_w = (i_row - tl.cast(first, tl.int64) * H) * BLOCKS * SLOT_TILE + tl.arange(0, BN)[None, :]
     for j in tl.range(0, number, BN, num_stages=STAGES):
@@ -234,7 +237,7 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "S", "T", "J"])
 def narrow_kernel(
     p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_dq, p_dk, p_dv, scale, num_tokens, S, T, J,
-    k_batch, k_row, k_head, v_batch, v_row, v_head,
+    q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
     SHARED: tl.constexpr, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -249,8 +252,10 @@ def narrow_kernel(
     p_dv += (i_batch * S * HKV + i_kv) * V
     number, has_gaps, last_row = look_through(p_slots, J)
     scale = tl.cast(scale, tl.float32)
-    b_q = load_piece(p_q + i_row * D, m_head, 0, PIECE, D, MASKED)
-    b_do = load_piece(p_do + i_row * V, m_head, 0, VPIECE, V, MASKED)
+    p_rows = token_rows(p_q, i_token, i_batch, i_row, T, q_batch, q_token, q_head, H)
+    b_q = load_piece(p_rows, m_head, 0, PIECE, D, MASKED)
+    p_rows = token_rows(p_do, i_token, i_batch, i_row, T, do_batch, do_token, do_head, H)
+    b_do = load_piece(p_rows, m_head, 0, VPIECE, V, MASKED)
     b_delta = _delta(p_o, b_do, i_row, m_head, 0, VPIECE, V, MASKED)[:, None]
     b_delta -= tl.load(p_dlse + i_row, mask=m_head, other=0.0)
     b_lse = tl.load(p_lse + i_row, mask=m_head, other=0.0) * LOG2_E
@@ -346,13 +351,13 @@ def launch_gather_backward(
             is then that of both.
     """
     constants, width = sizes_of(q, k, v)
-    k = dense_rows(k)
+    do, q, k = (dense_rows(x) for x in (do, q, k))
     v = k if width.SHARED else dense_rows(v)
-    do, dlse, q, indices, o, lse = (x.contiguous() for x in (do, dlse, q, indices, o, lse))
+    dlse, indices, o, lse = (x.contiguous() for x in (dlse, indices, o, lse))
     H, HKV, D, V = (constants[name] for name in ("H", "HKV", "D", "V"))
     group, size, limit = H // HKV, q.element_size(), device_limits(q.device)[0]
     (B, T), J, S = q.shape[:2], indices.shape[2], k.shape[1]
-    strides = (*k.stride()[:3], *v.stride()[:3])
+    strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     tiles = narrow_tiles(group, width, size, limit)
     if tiles is not None and (dv is not None or D == V):
         launchable(narrow_kernel)[(B * T * HKV * -(-group // tiles["BH"]),)](
@@ -377,7 +382,7 @@ def launch_gather_backward(
             grid = (-(-(end - begin) // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
             launchable(rows_kernel)[grid](
                 e, p, q, do, k, indices, dx, dq, float(scale), S, T, J, first, number, blocks, begin // cut["BC"],
-                *strides[:3], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole, KEYS=of_keys,
+                *strides[:9], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole, KEYS=of_keys,
                 VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,
                 num_stages=cut["STAGES"],
             )  # fmt: skip

@@ -150,7 +150,7 @@ def add_values(
 
 @gluon.jit(do_not_specialize=["T", "J"])
 def gather_hopper_kernel(
-    p_q, p_k, p_slots, p_o, p_lse, scale, T, J, k_batch, k_row, k_head,
+    p_q, p_k, p_slots, p_o, p_lse, scale, T, J, q_batch, q_token, q_head, k_batch, k_row, k_head,
     H: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BH: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """Compute o and lse of one token for BH heads that share a key head."""
@@ -173,7 +173,7 @@ def gather_hopper_kernel(
     p_slots += i_token * J
     p_k += (i_token // T) * k_batch + i_kv * k_head
     i_heads = i_token * H + i_kv * G + i_first
-    p_q += i_heads * D
+    p_q += (i_token // T) * q_batch + (i_token % T) * q_token + (i_kv * G + i_first) * q_head
 
     s_q = gl.allocate_shared_memory(dtype, [BH, V], TILE)
     s_k = gl.allocate_shared_memory(dtype, [2, BN, V], TILE)
@@ -188,9 +188,10 @@ def gather_hopper_kernel(
     b_slot = load_slots(p_slots, 0, J, BN, HEAD)
     i_head = gl.arange(0, BH, HEAD)
     m_head = i_first + i_head < G
-    copy_rows(s_q, p_q + i_head * D, m_head, 0, ROWS)
+    p_heads = p_q + i_head.to(gl.int64) * q_head
+    copy_rows(s_q, p_heads, m_head, 0, ROWS)
     if REST > 0:
-        copy_rows(s_qr, p_q + i_head * D, m_head, V, ROWS)
+        copy_rows(s_qr, p_heads, m_head, V, ROWS)
     copy_tile(s_k, s_kr, 0, p_k, b_slot, k_row, ROWS)
     b_slot = load_slots(p_slots, BN, J, BN, HEAD)
     number, has_gaps = look_through(p_slots, J)
@@ -255,9 +256,17 @@ def is_served(q: Tensor, k: Tensor, value_dim: int) -> bool:
     return value_dim == VALUE_DIM and q.shape[3] in KEY_DIMS and 2 * (q.shape[2] // k.shape[2]) > HEADS
 
 
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Return the strides of x but the last, 0 along what there is one of, whose stride may be anything."""
+    return tuple(n if size > 1 else 0 for n, size in zip(x.stride()[:3], x.shape[:3], strict=True))
+
+
 def lies_on_lines(x: Tensor) -> bool:
-    """Tell whether every row begins at a multiple of the 16 bytes that are copied at once, its columns side by side."""
-    return x.stride(3) == 1 and all(n % 8 == 0 for n in (*x.stride()[:3], x.data_ptr() // 2)) and x.data_ptr() % 2 == 0
+    """Tell whether every row begins at a multiple of the 16 bytes that are copied at once, its columns side by side.
+
+    Of a stride Triton knows whether it is a multiple of 16 elements, not of 8.
+    """
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in strides(x))
 
 
 @on_its_device
@@ -270,11 +279,11 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
         o: output, ``[B, T, H, VALUE_DIM]``, contiguous, in q's dtype.
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
-    q, indices = q.contiguous(), indices.contiguous()
+    indices = indices.contiguous()
     q, k = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k))
     B, T, H, D = q.shape
     HKV = k.shape[2]
     gather_hopper_kernel[(B * T * HKV * -(-(H // HKV) // HEADS),)](
-        q, k, indices, o, lse, float(scale), T, indices.shape[2], *k.stride()[:3], H=H, HKV=HKV, D=D, V=VALUE_DIM,
-        BH=HEADS, BN=64, num_warps=8,
+        q, k, indices, o, lse, float(scale), T, indices.shape[2], *strides(q), *strides(k), H=H, HKV=HKV, D=D,
+        V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8,
     )  # fmt: skip

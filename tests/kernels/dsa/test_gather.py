@@ -185,6 +185,30 @@ def test_any_strides(device: str) -> None:
         torch.testing.assert_close(got[name], want[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("layout", ["head-major", "sliced", "batch-inside", "columns-apart"])
+@pytest.mark.parametrize("sizes", [(2, 3, 20, 6, 2, 24, 16, 9), (2, 2, 20, 5, 1, 144, 128, 9)], ids=["narrow", "wide"])
+def test_strides_of_queries_and_output_gradients(device: str, sizes: tuple[int, ...], layout: str) -> None:
+    """Only columns that lie apart are copied; results are those of contiguous tensors, bit for bit where sums are."""
+    x, indices = make(*sizes[:7], torch.float32), select(*sizes[:3], sizes[7])
+    want = run(device, x, indices, 0.2)
+    for name in ("q", "do"):
+        wide = torch.full((*x[name].shape[:3], x[name].shape[3] + 5), NAN)
+        wide[..., 3:-2] = x[name]
+        x[name] = {
+            "head-major": x[name].transpose(1, 2).contiguous().transpose(1, 2),
+            "sliced": wide[..., 3:-2],
+            "batch-inside": x[name].transpose(0, 1).contiguous().transpose(0, 1),
+            "columns-apart": x[name].transpose(2, 3).contiguous().transpose(2, 3),
+        }[layout]
+        assert not x[name].is_contiguous()
+    got = run(device, x, indices, 0.2)
+    for name in NAMES:
+        if device == "cpu" or name in ("o", "lse", "dq"):
+            assert torch.equal(got[name], want[name]), name
+        else:
+            torch.testing.assert_close(got[name], want[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_slots_of_either_width(device: str) -> None:
     x = make(1, 3, 20, 2, 1, 16, 16, torch.float32)
     got = [run(device, x, select(1, 3, 20, 11, dtype), 0.2) for dtype in (torch.int32, torch.int64)]
@@ -256,3 +280,17 @@ def test_tiles_fit_and_hold_at_most_64_heads() -> None:
                 assert tiles["BH"] <= 64 and tile_bytes(*sizes, w, 2) <= limits[0]
     mla = {"BH": 64, "BN": 64, "STAGES": 2, "num_warps": 8}
     assert tile_sizes(64, widths(576, 512, True), 2, (HOPPER_BYTES, 9)) == mla
+
+
+def test_rows_on_lines() -> None:
+    """What the kernel for Hopper copies as it is: strides that Triton knows to be multiples of 16 elements."""
+    from hybrid_flex.kernels.dsa.gather_hopper import lies_on_lines, strides
+
+    x = torch.empty(2, 3, 4, 576, dtype=torch.bfloat16)
+    assert lies_on_lines(x) and lies_on_lines(x.transpose(1, 2)) and lies_on_lines(x[..., 64:])
+    for stride, on_lines in ((592, True), (584, False), (577, False)):
+        wide = torch.empty(2, 3, 4, stride, dtype=torch.bfloat16)[..., :576]
+        assert lies_on_lines(wide) == on_lines, stride
+    assert not lies_on_lines(x[..., 4:]) and not lies_on_lines(x.transpose(2, 3))
+    one = x.as_strided((1, 3, 1, 576), (1, 576, 7, 1))  # strides of what there is one of do not matter
+    assert lies_on_lines(one) and strides(one) == (0, 576, 0)
