@@ -230,6 +230,9 @@ def _limits(trace: Trace, works: dict[Event, Work]) -> Roofline | None:
 
 def _group(event: Event, by: str) -> str:
     if by == "operator":
+        # A kernel's launch belongs to the operator that made it.
+        while event.category.startswith("cuda_") and event.parent is not None:
+            event = event.parent
         return event.name
     path = event.label.path or OTHERS
     return path if by == "path" else re.sub(r" \d+$", "", path.rpartition("/")[2])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybrid_flex import HybridConfig, HybridLanguageModel, profiling
+from hybrid_flex import DeepSeekSparseAttention, HybridConfig, HybridLanguageModel, profiling
 from hybrid_flex.ops import sparse_attention
 from hybrid_flex.profiling.events import read_trace
 from hybrid_flex.profiling.outputs import si
@@ -164,6 +164,10 @@ def test_on_a_gpu_the_time_is_that_of_the_kernels(tmp_path: Path) -> None:
     assert mlp.host_ms * 1e3 == pytest.approx(50 + 30)
     assert mlp.flop == 2 * 2 * 8 * 16 * 4 and mlp.flop_per_s == pytest.approx(mlp.flop / 350e-6)
     assert "host ms" in found.markdown() and "kernels on the GPU" in found.markdown()
+    found = profiling.report(tmp_path, by="operator", roofline=False)
+    times = {row.name: row.time_ms * 1e3 for row in found.rows if row.time_ms}
+    assert times == {"aten::mm": 350, "hybrid_flex::chunk_kda": 300, "others": 7}
+    assert "cudaLaunchKernel" not in {row.name for row in found.rows}
 
 
 def test_a_gpu_trace_is_read_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,6 +293,19 @@ def test_a_report_counts_the_flop_that_torch_counts(trained: tuple[Path, int, An
         assert sum(row.flop for row in profiling.report(folder, by=by, roofline=False).rows) == flop
     found = profiling.report(profiler, roofline=False)
     assert found.title == "step" and sum(row.flop for row in found.rows) == flop
+
+
+def test_a_compiled_layer_is_one_part_with_our_operators_beside_it(tmp_path: Path, fresh_dynamo: None) -> None:
+    layer = DeepSeekSparseAttention(32, 2, topk=4, index_heads=2, index_head_dim=16)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 9, 32)
+    compiled(x)[0].sum().backward()
+    with profiling.trace(tmp_path, model=compiled), profiling.range("training"):
+        compiled(x)[0].sum().backward()
+    found = profiling.report(tmp_path, roofline=False)
+    graph = found.row("compiled_graph")
+    assert 0 < graph.backward_ms < graph.time_ms and graph.flop > 0
+    assert found.row("topk").calls == 1 and found.row("attention").backward_ms > 0
 
 
 def test_a_profiler_of_torch_itself() -> None:
