@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from harness import (
     versions,
     write_report,
 )
-from machine import DTYPES, describe, describe_machine, peak_bytes
+from machine import DTYPES, describe, describe_machine, peak_bytes, with_cpu_seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -140,7 +141,7 @@ def measure(
         run(layer, x, dy)
     layer.zero_grad(set_to_none=True)
     found: dict[str, dict[str, Any]] = {}
-    calls = {}
+    calls, cpu_seconds = {}, {}
     for name, contender in contenders.items():
 
         def call(contender: Callable[..., Any] = contender) -> None:
@@ -156,7 +157,7 @@ def measure(
             found[name]["passed"] = all(error <= bound for error in found[name]["errors"].values())
             if found[name]["passed"]:
                 found[name]["peak_bytes"] = peak_bytes(call, x.device)
-                calls[name] = call
+                calls[name], cpu_seconds[name] = with_cpu_seconds(call)
         except Exception as error:  # a row that fails is reported, and the next one runs
             found[name] = {"failed": describe_error(error), "passed": False}
             layer.zero_grad(set_to_none=True)
@@ -164,6 +165,8 @@ def measure(
     if calls:
         for name, seconds in take_turns(calls, Clock(x.device), plan).items():
             found[name] |= spread(seconds) | {"repeats": len(seconds)}
+            if x.device.type == "cpu":
+                found[name]["cpu_median_ms"] = statistics.median(cpu_seconds[name][-len(seconds) :]) * 1e3
             found[name]["flop_per_s"] = found[name]["flop"] / found[name]["median_ms"] * 1e3
     return found
 
@@ -172,15 +175,16 @@ def cells(row: dict[str, Any], name: str, own: dict[str, Any], limits: dict[str,
     """Lay out a contender of a row."""
     begin = [LAYERS[row["layer"]], str(row["T"]), row["pass"], name]
     if "failed" in own:
-        return [*begin, own["failed"], "", "", "", "", "", ""]
+        return [*begin, own["failed"], *[""] * (len(HEADER) - 5)]
     error = ", ".join(f"{key} {value:.1e}" for key, value in own["errors"].items())
     if not own["passed"]:
-        return [*begin, f"FAIL {error}", "", "", "", "", "", ""]
+        return [*begin, f"FAIL {error}", *[""] * (len(HEADER) - 5)]
     tokens = row["T"] * row["batch_size"]
     peak = own["peak_bytes"]
     return [
         *begin,
         f"{own['median_ms']:.2f} ({own['p20_ms']:.2f}-{own['p80_ms']:.2f})",
+        f"{own['cpu_median_ms']:.2f}" if "cpu_median_ms" in own else "",
         f"{own['median_ms'] * 1e3 / tokens:.1f}",
         f"{own['flop'] / 1e9:.3f}",
         f"{own['flop_per_s'] / 1e9:.1f}",
@@ -190,8 +194,15 @@ def cells(row: dict[str, Any], name: str, own: dict[str, Any], limits: dict[str,
     ]
 
 
-HEADER = {"layer": "---", "T": "---:", "pass": "---", "mode": "---", "ms": "---:", "us per token": "---:"}
-HEADER |= {"GFLOP": "---:", "GFLOP/s": "---:", "of roofline": "---:", "peak MiB": "---:", "error": "---"}
+HEADER = {"layer": "---", "T": "---:", "pass": "---", "mode": "---", "ms": "---:", "CPU ms": "---:"}
+HEADER |= {
+    "us per token": "---:",
+    "GFLOP": "---:",
+    "GFLOP/s": "---:",
+    "of roofline": "---:",
+    "peak MiB": "---:",
+    "error": "---",
+}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -204,8 +215,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"Made by `{report['command']}` in {report['seconds']:.0f} s.",
         "",
         ", ".join(f"{key} {value}" for key, value in sizes.items()) + f", {report['dtype']}.",
-        "Time: median (20th to 80th percentile) of calls. `train` is a forward and its backward. FLOP of dense "
-        "attention include masked pairs, as torch counts them. Peak: what a call holds beyond weights and input. "
+        "Time: median (20th to 80th percentile) of calls; CPU ms: median of the processor's time, without waiting for "
+        "a core that another program has. `train` is a forward and its backward. FLOP of dense attention include masked "
+        "pairs, as torch counts them. Peak: what a call holds beyond weights and input. "
         "Error: relative L2 against the layer in float64. The roofline of products is "
         f"{limits['flop_per_s'] / 1e9:.0f} GFLOP/s, measured at the start ({limits['device']}, {limits['dtype']}).",
         "",

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,21 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
         return max(0, _resident("VmHWM") - before)
     except OSError:
         return None
+
+
+def with_cpu_seconds(call: Callable[[], Any]) -> tuple[Callable[[], None], list[float]]:
+    """Return the call, and a list to which each one adds the processor's seconds that it took.
+
+    Where other programs use the cores too these say more than the wall clock: waiting for a core is not in them.
+    """
+    seconds: list[float] = []
+
+    def counted() -> None:
+        begin = time.process_time()
+        call()
+        seconds.append(time.process_time() - begin)
+
+    return counted, seconds
 
 
 def _resident(key: str) -> int:

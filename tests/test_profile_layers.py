@@ -47,6 +47,7 @@ def test_every_layer_forward_and_train(
     for (name, which), own in rows.items():
         assert own["passed"] and 0 < own["p20_ms"] <= own["median_ms"] <= own["p80_ms"], (name, own)
         assert set(own["errors"]) == ({"y"} if which == "forward" else {"y", "dx"})
+        assert 0 < own["cpu_median_ms"] < 1.5 * own["median_ms"], "one thread"
         assert own["flop"] > 0 and own["flop_per_s"] == pytest.approx(own["flop"] / own["median_ms"] * 1e3)
         # A backward is about two forwards, of products.
         assert 1.5 < rows[name, "train"]["flop"] / rows[name, "forward"]["flop"] < 4.5
