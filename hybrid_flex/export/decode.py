@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check
-from hybrid_flex.export.programs import asking_no_size, example_input, open_dimension
+from hybrid_flex.export.programs import asking_no_size, example_input, open_dimension, with_forward
 from hybrid_flex.models import HybridLanguageModel
 
 
@@ -94,16 +93,11 @@ def empty_states(model: nn.Module, batch_size: int, max_length: int) -> Any:
 
 
 def _stepping(model: nn.Module) -> nn.Module:
-    """Copy a model, but not its weights, and let ``forward`` be ``step``; parameters keep their names.
+    """Let ``forward`` be ``step``.
 
-    The copy's are frozen: written into a cache, what depends on a weight that learns would chain step to step.
+    Its weights are frozen: written into a cache, what depends on a weight that learns would chain step to step.
     """
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    stepping = copy.deepcopy(model, shared)
-    forward = _model_step if isinstance(model, HybridLanguageModel) else _layer_step
-    stepping.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
-    return stepping
+    return with_forward(model, _model_step if isinstance(model, HybridLanguageModel) else _layer_step)
 
 
 def _model_step(self: Any, ids_t: Tensor, states: Any) -> tuple[Tensor, Any]:

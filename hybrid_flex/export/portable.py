@@ -16,12 +16,15 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils import _pytree as pytree
 
+from hybrid_flex.checks import check
 from hybrid_flex.ops.dispatch import PLAIN_FORMS, without_kernels
 
 NAMESPACE = "hybrid_flex::"
+# NOTE [Uneven sizes]
+UNEVEN_BATCH, UNEVEN_LENGTH = 3, 131
 
 
-def portable(program: ExportedProgram) -> ExportedProgram:
+def portable(program: ExportedProgram, *, flat: bool = False) -> ExportedProgram:
     """Write the operators of a program out, so that it runs where this library is not installed.
 
     Every ``hybrid_flex::`` node becomes the PyTorch operators of its plain form, one loop (a ``scan``) for each walk
@@ -33,6 +36,8 @@ def portable(program: ExportedProgram) -> ExportedProgram:
 
     Args:
         program: what `export_prefill` or `export_decode` made, in memory or from `load`.
+        flat: take and return the tensors of all states in a row, ``(ids_t, *tensors) -> (logits, *tensors)``, as
+            packages do.
 
     Returns:
         A program with the same parameters, sizes and results, for inference: its loops have no backward.
@@ -55,13 +60,10 @@ def portable(program: ExportedProgram) -> ExportedProgram:
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"portable: program must be a torch.export.ExportedProgram, got {type(program).__name__}")
     missing = sorted(operators_of(program) - PLAIN_FORMS.keys())
-    if missing:
-        raise ValueError(
-            "portable: program must hold operators that have a plain form, "
-            f"got {', '.join(NAMESPACE + name for name in missing)}"
-        )
+    rule = "hold operators that have a plain form"
+    check(not missing, "portable", "program", rule, ", ".join(NAMESPACE + name for name in missing))
     with without_kernels():
-        return decomposed(with_plain_states(program), PLAIN_FORMS)
+        return decomposed(with_plain_states(program, flat=flat), PLAIN_FORMS)
 
 
 def operators_of(program: ExportedProgram) -> set[str]:
@@ -78,72 +80,76 @@ def decomposed(program: ExportedProgram, names: Iterable[str]) -> ExportedProgra
     table = {getattr(torch.ops.hybrid_flex, name).default: PLAIN_FORMS[name] for name in names}
     # A tensor cut off after T rows of whole chunks is contiguous for some T; asked about it, an open size would answer
     # for the length of the example.  Oblivious of the example, it answers for all.
-    with symbolic_shapes.patch(backed_size_oblivious=True):
+    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return program.run_decompositions(table)
 
 
-def with_plain_states(program: ExportedProgram) -> ExportedProgram:
-    """Trace a program again, without gradients, so that the states that go in and come out are tuples of tensors."""
+def with_plain_states(program: ExportedProgram, *, flat: bool = False) -> ExportedProgram:
+    """Trace a program again, without gradients, so that no state goes in or comes out as a dataclass.
+
+    Each is the tuple of its tensors instead, or with ``flat`` their tensors are inputs and outputs themselves.
+    """
     assert program.example_inputs is not None  # export keeps them, and so does a file
-    arguments, keywords = program.example_inputs
-    plain = tuple(to_tuples(x) for x in arguments)
+    arguments = program.example_inputs[0]
     model = program.module(check_guards=False)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             # A scan that runs where a gradient is wanted would trace its backward, and the loops here have none.
             setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=False))
-    module = _PlainStates(model, arguments)
-    with symbolic_shapes.patch(backed_size_oblivious=True):
-        return torch.export.export(module, plain, keywords, dynamic_shapes=_open_sizes(program, plain))
+    example, sizes = _uneven_example(program, arguments, flat)
+    with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        return torch.export.export(_PlainStates(model, arguments, flat), example, dynamic_shapes=sizes)
 
 
 class _PlainStates(nn.Module):
-    """Call a program whose states are dataclasses with tuples."""
+    """Call a program whose states are dataclasses with tuples, or with all their tensors in a row."""
 
-    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], flat: bool) -> None:
         super().__init__()
         self.model = model
-        self._example = example
+        self._states, self._flat = example[1:], flat
 
     def forward(self, inputs: Tensor, *states: Any) -> Any:
-        _, *old = self._example
-        return to_tuples(self.model(inputs, *map(like, old, states)))
+        leaves = pytree.tree_leaves(states)
+        y, *rest = self.model(inputs, *pytree.tree_unflatten(leaves, pytree.tree_structure(self._states)))
+        return (y, *pytree.tree_leaves(rest)) if self._flat else to_tuples((y, *rest))
 
 
 def to_tuples(x: Any) -> Any:
-    """Turn every dataclass in nested tuples and lists into the tuple of its fields."""
+    """Turn every dataclass in nested tuples and lists into the tuple of its fields, those that are None left out."""
     if is_dataclass(x) and not isinstance(x, type):
-        return tuple(to_tuples(getattr(x, field.name)) for field in fields(x))
+        values = (getattr(x, field.name) for field in fields(x))
+        return tuple(to_tuples(value) for value in values if value is not None)
     return tuple(map(to_tuples, x)) if isinstance(x, (tuple, list)) else x
 
 
-def like(example: Any, x: Any) -> Any:
-    """Undo `to_tuples`, given what it was applied to."""
-    if is_dataclass(example) and not isinstance(example, type):
-        parts = (like(getattr(example, field.name), part) for field, part in zip(fields(example), x, strict=True))
-        return type(example)(*parts)
-    if isinstance(example, (tuple, list)):
-        return type(example)(like(old, new) for old, new in zip(example, x, strict=True))
-    return x
+def _uneven_example(program: ExportedProgram, arguments: tuple[Any, ...], flat: bool) -> tuple[tuple[Any, ...], Any]:
+    """Make inputs to trace a program with, states as tuples, and say which of their sizes are open and how far.
+
+    NOTE [Uneven sizes]
+    Open sizes get odd numbers here, no multiple of a chunk or block.  Whatever still looks at the example then takes
+    the general way: AOTInductor, shown 128 tokens, leaves out the padding to whole chunks of 64, and its package reads
+    wild memory at T = 65.
+    """
+    traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    leaves, form = pytree.tree_flatten(tuple(pytree.tree_leaves(arguments)) if flat else to_tuples(arguments))
+    opened = [_uneven(program, traced[name].shape) for name in program.graph_signature.user_inputs]
+    example = [leaf.new_zeros(sizes) for leaf, (sizes, _) in zip(leaves, opened, strict=True)]
+    first, *states = pytree.tree_unflatten([dims for _, dims in opened], form)
+    # as `_PlainStates.forward` binds them
+    return pytree.tree_unflatten(example, form), (first, tuple(states)) if states else (first,)
 
 
-def _open_sizes(program: ExportedProgram, arguments: tuple[Any, ...]) -> Any:
-    """Say which sizes of the inputs a program leaves open, and within which bounds, for tracing it again."""
-    signature = program.graph_signature
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    inputs = iter([values[name] for name in signature.user_inputs])
-
-    def open_size(size: int | torch.SymInt) -> Any:
+def _uneven(program: ExportedProgram, shape: torch.Size) -> tuple[list[int], dict[int, Any]]:
+    """Choose sizes for one input, and name the dimensions of it that are open: NOTE [Uneven sizes]."""
+    sizes: list[int] = []
+    dims: dict[int, Any] = {}
+    for i, size in enumerate(shape):
         if isinstance(size, int):
-            return Dim.STATIC
-        bounds = program.range_constraints.get(size.node.expr)
-        lower, upper = (None, None) if bounds is None else (bounds.lower, bounds.upper)
-        limits = {"min": lower, "max": upper}
-        return Dim.DYNAMIC(**{name: int(n) for name, n in limits.items() if n is not None and n.is_Integer})
-
-    def sizes(x: object) -> Any:
-        value = next(inputs)
-        return {i: open_size(n) for i, n in enumerate(value.shape)} if isinstance(x, Tensor) else None
-
-    first, *states = pytree.tree_map(sizes, arguments)
-    return (first, tuple(states)) if states else (first,)  # as `_PlainStates.forward` binds them
+            sizes.append(size)
+            continue
+        known = program.range_constraints.get(size.node.expr)
+        bounds = {} if known is None or not known.upper.is_Integer else {"max": int(known.upper)}
+        sizes.append(min([UNEVEN_BATCH if i == 0 else UNEVEN_LENGTH, *bounds.values()]))
+        dims[i] = Dim.DYNAMIC(min=1, **bounds)
+    return sizes, dims

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def export_prefill(
     dynamic: bool = True,
     max_batch_size: int | None = None,
     max_seq_len: int | None = None,
+    max_length: int | None = None,
     strict: bool = False,
 ) -> ExportedProgram:
     """Export the pass over a whole prompt as one program: ``ids [B, T] -> (logits, states)``, or ``x -> (y, state)``.
@@ -55,6 +56,9 @@ def export_prefill(
             to the example's.
         max_batch_size: largest B that the program accepts; None for any.
         max_seq_len: largest T that the program accepts; None for any.
+        max_length: tokens that a sequence may reach, prompt included: the states then come out as `export_decode` of
+            the same ``max_length`` takes them, with caches of this size, and the program computes no gradient. None for
+            states that grow.
         strict: trace through Dynamo, which also rejects Python side effects; False (faster) runs the module as it is.
 
     Returns:
@@ -80,12 +84,38 @@ def export_prefill(
         (torch.Size([3, 20, 50]), torch.Size([3, 2, 16, 16]))
     """
     op = "export_prefill"
+    if max_length is not None:
+        check(max_length > 0, op, "max_length", "be positive", max_length)
+        check(dynamic or seq_len <= max_length, op, "seq_len", f"be at most max_length = {max_length}", seq_len)
+        if dynamic:
+            max_seq_len = max_length if max_seq_len is None else min(max_seq_len, max_length)
+        model = _reserving(model, max_length)
     batch_size, B = open_dimension(op, "batch_size", batch_size, max_batch_size, dynamic)
     seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
     example = example_input(op, model, batch_size, seq_len)
     bounds = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
-    with asking_no_size(op, model, bounds, if_pooled=True):
+    gradients = torch.is_grad_enabled() and max_length is None
+    with torch.set_grad_enabled(gradients), asking_no_size(op, model, bounds, if_pooled=True):
         return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
+
+
+def _reserving(model: nn.Module, max_length: int) -> nn.Module:
+    """Copy a model, but not its weights, and let ``forward`` give its caches room; parameters keep their names."""
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Any]:
+        y, states = type(model).forward(self, x)
+        return y, self.reserve(states, max_length)
+
+    return with_forward(model, forward) if hasattr(model, "reserve") else model
+
+
+def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Copy a model with another ``forward``; the copy's weights are the model's, frozen, under their names."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    other = copy.deepcopy(model, shared)
+    other.__class__ = type(type(model).__name__, (type(model),), {"forward": forward})
+    return other
 
 
 def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: bool) -> tuple[int, Any]:
@@ -229,18 +259,11 @@ def load(path: str | os.PathLike[str]) -> ExportedProgram:
 
 def _check_archive(path: Path) -> None:
     """Look before torch loads: it logs pages and hides the reason when an operator is missing."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - len(_END) - 18))
-        # Not zipfile.is_zipfile: in a truncated file it finds the end of an archive that is stored inside.
-        whole = file.read().startswith(_END)
-    check(whole, "load", "path", "hold a whole exported program", f"a truncated or foreign file in {path}")
+    check_whole("load", path, "exported program")
     with zipfile.ZipFile(path) as archive:
         # <archive>/models/<name>.json is a graph; torch.save writes zip files too, without one.
         graphs = [name for name in archive.namelist() if _GRAPH.fullmatch(name)]
         check(bool(graphs), "load", "path", "hold an exported program", f"another kind of archive in {path}")
-        # Torch does not compare checksums: a flipped bit would become a weight.
-        damaged = archive.testzip()
-        check(damaged is None, "load", "path", "hold a whole exported program", f"damaged {damaged} in {path}")
         targets = {target for name in graphs for target in _OPERATOR.findall(archive.read(name).decode())}
     missing = sorted(f"{space}::{name}" for space, name in targets if not hasattr(getattr(torch.ops, space), name))
     check(
@@ -250,3 +273,16 @@ def _check_archive(path: Path) -> None:
         "hold a program of registered operators (first import the package that registers them)",
         f"one that needs {', '.join(missing)} in {path}",
     )
+
+
+def check_whole(op: str, path: Path, what: str) -> None:
+    """Raise ValueError unless ``path`` is an archive whose members are all as they were written."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_END) - 18))
+        # Not zipfile.is_zipfile: in a truncated file it finds the end of an archive that is stored inside.
+        whole = file.read().startswith(_END)
+    check(whole, op, "path", f"hold a whole {what}", f"a truncated or foreign file in {path}")
+    with zipfile.ZipFile(path) as archive:
+        # Torch does not compare checksums: a flipped bit would become a weight.
+        damaged = archive.testzip()
+    check(damaged is None, op, "path", f"hold a whole {what}", f"damaged {damaged} in {path}")

@@ -137,9 +137,9 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
 
 
 def mark_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tensor:
-    """Mark what `select_topk` selects, bool ``[b, L]`` for ``scores [b, L]`` with ``L >= topk``; reads and writes nothing.
+    """Mark what `select_topk` selects among ``scores [b, L]``, ``L >= topk``: bool ``[b, L]``.
 
-    A graph can hold it: sizes may be open.
+    A graph with open sizes can hold it: nothing is read, nothing overwritten.
     """
     first, last = first[:, None], last[:, None]
     column = torch.arange(scores.shape[1], device=scores.device)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import in_its_own_precision, plain_form
@@ -25,6 +26,11 @@ from hybrid_flex.ops.dsa.quantize import rounded
 SCORED_ROWS = 256
 FETCHED_BYTES = 16 * 2**20
 MOST_QUERIES = 64
+
+# NOTE [Dense blocks]: up to how many keys a block of queries is multiplied with all of them, under a mask, instead of
+# with fetched rows: DENSE_KEYS * J * Hkv / H, where that is known of a length when it is traced.  On a CPU a fetched
+# row of keys and values costs as much as the products of H / Hkv heads with 90 keys that lie in order.
+DENSE_KEYS = 90
 
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -119,6 +125,46 @@ def traced_topk(
 @in_its_own_precision
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend as `sparse_attention` does, with the operator's arguments: ``o [B, T, H, Dv]`` and ``lse [B, T, H]``."""
+    most = DENSE_KEYS * indices.shape[2] * k.shape[2] // q.shape[2]
+    if not (isinstance(q.shape[1], int) and q.shape[1] == 1) and statically_known_true(k.shape[1] <= most):
+        return _attend_under_mask(q, k, v, indices, scale)
+    return _attend_to_rows(q, k, v, indices, scale)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return weights not yet divided, what divides them, and log-sum-exps of logits, -inf where a row has no key."""
+    # A row without keys: its largest logit is -inf, which must not meet another -inf; its total is 0.
+    largest = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    weights = (logits - largest).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights, total.clamp_min(1.0), total.log() + largest
+
+
+def _attend_under_mask(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Multiply blocks of queries with every key: NOTE [Dense blocks]."""
+    num_keys, num_kv_heads, dtype = k.shape[1], k.shape[2], accumulate_dtype(q)
+
+    def step(q: Tensor, slots: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
+        batch_size, num_queries = q.shape[:2]
+        column = torch.where(slots >= 0, slots, num_keys).long()  # unused slots mark one column too many
+        marked = torch.zeros(batch_size, num_queries, num_keys + 1, dtype=torch.bool, device=q.device)
+        selected = marked.scatter(2, column, True)[:, None, :, :num_keys]
+        # [B * Hkv, G * b, D]
+        queries = (q.to(dtype) * scale).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        logits = torch.bmm(queries.flatten(2, 3).flatten(0, 1), k_BHSD.flatten(0, 1).transpose(1, 2))
+        logits = logits.view(batch_size, -1, num_queries, num_keys).masked_fill(~selected, float("-inf"))
+        weights, total, lse = _softmax(logits)
+        rows = weights.view(batch_size * num_kv_heads, -1, num_keys)
+        o = torch.bmm(rows, v_BHSD.flatten(0, 1)).view(batch_size, -1, num_queries, v_BHSD.shape[3]) / total
+        return o.transpose(1, 2).to(q.dtype).contiguous(), lse[..., 0].transpose(1, 2).contiguous()
+
+    shared = tuple(x.transpose(1, 2).to(dtype) for x in (k, v))
+    o, lse = _over_blocks(step, [(q, 0), (indices, -1)], MOST_QUERIES, shared)
+    return o, lse
+
+
+def _attend_to_rows(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Fetch the rows that blocks of queries have selected."""
     num_kv_heads, dtype = k.shape[2], accumulate_dtype(q)
 
     def step(q: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,12 +176,8 @@ def traced_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
         queries = (q.to(dtype) * scale).unflatten(2, (num_kv_heads, -1)).flatten(0, 2)
         logits = torch.bmm(queries, keys.transpose(1, 2)).unflatten(0, (*q.shape[:2], num_kv_heads))
         logits = logits.masked_fill((slots < 0)[:, :, None, None], float("-inf"))
-        # A row without keys: its largest logit is -inf, which must not meet another -inf; its total is 0.
-        largest = logits.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)
-        weights = (logits - largest).exp()
-        total = weights.sum(-1, keepdim=True)
-        o = torch.bmm(weights.flatten(0, 2), values).unflatten(0, (*q.shape[:2], num_kv_heads))
-        o, lse = o / total.clamp_min(1.0), total.log() + largest
+        weights, total, lse = _softmax(logits)
+        o = torch.bmm(weights.flatten(0, 2), values).unflatten(0, (*q.shape[:2], num_kv_heads)) / total
         return o.flatten(2, 3).to(q.dtype), lse.flatten(2)
 
     row_bytes = indices.shape[2] * num_kv_heads * (k.shape[3] + v.shape[3]) * dtype.itemsize
