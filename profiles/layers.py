@@ -216,8 +216,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         ", ".join(f"{key} {value}" for key, value in sizes.items()) + f", {report['dtype']}.",
         "Time: median (20th to 80th percentile) of calls; CPU ms: median of the processor's time, without waiting for "
-        "a core that another program has. `train` is a forward and its backward. FLOP of dense attention include masked "
-        "pairs, as torch counts them. Peak: what a call holds beyond weights and input. "
+        "a core that another program has. `train` is a forward and its backward. FLOP of dense attention include "
+        "masked pairs, as torch counts them. Peak: what a call holds beyond weights and input. "
         "Error: relative L2 against the layer in float64. The roofline of products is "
         f"{limits['flop_per_s'] / 1e9:.0f} GFLOP/s, measured at the start ({limits['device']}, {limits['dtype']}).",
         "",

@@ -26,7 +26,7 @@ from hybrid_flex.profiling.names import kind_of
 OTHERS = "others"
 ACCUMULATION, OPTIMIZER, COMPILED = "accumulate_grad", "optimizer", "compiled_graph"
 ENGINE = "autograd::engine::evaluate_function: "
-_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver", "python_function")
+_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _ENDINGS = (".pt.trace.json", ".pt.trace.json.gz")
 # Starts and ends are written with three digits of a microsecond.

@@ -213,6 +213,15 @@ def test_an_unknown_operator_and_a_trace_without_shapes(tmp_path: Path) -> None:
     assert not found.has_shapes and found.rows[0].flop == 0 and "has no shapes" in found.markdown()
 
 
+def test_python_functions_of_a_trace_with_sources_are_no_parts(tmp_path: Path) -> None:
+    with profiling.trace(tmp_path, with_stack=True), profiling.range("outside"):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    found = profiling.report(tmp_path, by="operator", roofline=False)
+    assert found.row("aten::mm").flop == 2 * 8 * 8 * 8
+    assert not [row.name for row in found.rows if ".py(" in row.name or row.name.startswith("<built-in")]
+    assert {row.name for row in profiling.report(tmp_path, roofline=False).rows} == {"outside"}
+
+
 def test_a_table_counts_the_rows_that_are_looked_up(tmp_path: Path) -> None:
     table, ids = torch.randn(1000, 16), torch.arange(6)
     cache, row = torch.zeros(2, 50, 4), torch.ones(2, 1, 4)
