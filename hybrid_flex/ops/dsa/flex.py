@@ -116,11 +116,14 @@ def _padded(x: Tensor, length: int, value: float = 0) -> Tensor:
 
 
 def kernel_options(num_rows: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Choose the tiles of the CUDA kernel where Inductor's own choice does not fit.
+    """Choose the tiles of the CUDA kernel where Inductor's own choice does not do.
 
-    For rows of more than 256 columns it asks for more shared memory than an H100 has; 8 warps and 3 stages were the
-    fastest of those tried there with heads as rows (512 columns and 64 heads, 95 TFLOP/s; torch 2.11).  The kernel for
-    short queries of the union form takes as many rows as queries and grouped heads there are, which fit no block.
+    Its kernel for short queries is asked for as many rows as queries and grouped heads together, which no block of the
+    union form holds.  For rows of more than 256 columns it asks for more shared memory than an H100 has; 8 warps and 3
+    stages were the fastest of those tried there with heads as rows (512 columns and 64 heads, 95 TFLOP/s, torch 2.11).
+    For 64 columns and less its 128 x 128 pairs on 4 warps spill 3.4 KB a thread as soon as a mask reads bits.  What is
+    chosen here was compiled for compute capability 9.0 (Triton 3.7): in 16 bits it spills nothing but 208 bytes where
+    the heads of few tokens have 512 columns.
 
     Args:
         num_rows: heads as rows, or 0 for the union form.
@@ -133,16 +136,25 @@ def kernel_options(num_rows: int, D: int, V: int, dtype: torch.dtype, device: to
         return {}
     from hybrid_flex.kernels.launch import device_limits, next_power_of_2
 
+    size = dtype.itemsize
     D, V = (max(16, next_power_of_2(n)) for n in (D, V))
-    if num_rows == 0 and max(D, V) <= 256:
-        return {"FORCE_USE_FLEX_ATTENTION": True}
-    rows = min(64 if dtype.itemsize < 4 else 32, max(16, next_power_of_2(num_rows or BLOCK_SIZE)))
-    limit = device_limits(device)[0] - 1024
+    union: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True} if num_rows == 0 else {}
+    if union and max(D, V) <= 256:
+        if max(D, V) <= 64:
+            union |= {"BLOCK_M": 128, "BLOCK_N": 64 if size < 4 else 32, "num_warps": 8, "num_stages": 3}
+        return union
+    # More than 64 KiB of queries would push the sums out of the registers.
+    rows = max(16, min(64, next_power_of_2(num_rows or BLOCK_SIZE), 2**16 // (size * max(D, V))))
     # Queries stay, tiles of keys and values go through.
-    sizes = {n: (rows * D + n * KEY_BLOCK * (D + V)) * dtype.itemsize for n in (3, 2, 1)}
-    stages = next((n for n in sizes if sizes[n] <= limit), 1)
-    tiles = {"BLOCK_M": rows, "BLOCK_N": KEY_BLOCK, "num_warps": 8 if rows * V > 8192 else 4, "num_stages": stages}
-    return tiles if num_rows else {**tiles, "FORCE_USE_FLEX_ATTENTION": True}
+    sizes = {n: (rows * D + n * KEY_BLOCK * (D + V)) * size for n in (3, 2, 1)}
+    stages = next((n for n in sizes if sizes[n] + 1024 <= device_limits(device)[0]), 1)
+    tiles = {
+        "BLOCK_M": rows,
+        "BLOCK_N": KEY_BLOCK,
+        "num_warps": 8 if rows * V * size > 16384 else 4,
+        "num_stages": stages,
+    }
+    return {**tiles, **union}
 
 
 def _union_of_queries(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
