@@ -172,13 +172,10 @@ def _links(raw: list[dict[str, Any]], events: list[Event]) -> dict[int, Event]:
                 (sources if event.get("ph") == "s" else targets)[event["id"]] = found
     links: dict[int, Event] = {}
     for identity, target in targets.items():
-        source = sources.get(identity)
-        if source is None:
-            continue
-        links[id(target)] = source
-        # The engine's event around the node also holds the sums of gradients that meet there.
-        if target.parent is not None and target.parent.name.startswith(ENGINE):
-            links[id(target.parent)] = source
+        if identity in sources:
+            # The engine's event around the node also holds the sums of gradients that meet there.
+            engine = target.parent is not None and target.parent.name.startswith(ENGINE)
+            links[id(target.parent if engine else target)] = sources[identity]
     return links
 
 

@@ -214,10 +214,12 @@ def _attach(module: nn.Module, path: str, stack: ExitStack) -> None:
     for kind, of_kind in _METHODS.items():
         if isinstance(module, kind):
             methods |= of_kind
+    own = module.__dict__
     for method, suffix in methods.items():
-        if hasattr(module, method) and method not in module.__dict__:
-            module.__dict__[method] = _Named(getattr(module, method), _method_name(module, path, suffix))
-            stack.callback(module.__dict__.pop, method, None)
+        if hasattr(module, method) and not isinstance(own.get(method), _Named):
+            # Back to the class's method, or to what somebody has put in its place.
+            stack.callback(*((own.__setitem__, method, own[method]) if method in own else (own.pop, method)))
+            own[method] = _Named(getattr(module, method), _method_name(module, path, suffix))
     # Not called, or their forward calls what has a range already.
     silent = (nn.ModuleList, nn.ModuleDict, LayerWiseHybrid, HybridBlock, LightningIndexer)
     if "attend" in methods or isinstance(module, silent):

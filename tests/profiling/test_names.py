@@ -181,12 +181,30 @@ def test_a_model_named_twice_is_named_once() -> None:
 def test_a_copy_made_meanwhile_is_a_model_of_its_own() -> None:
     model = tiny("KS")
     with profiling.named(model):
-        other = copy.deepcopy(model)
+        copied = copy.deepcopy(model)
+    plain = copy.deepcopy(model)
+    for other in (copied, plain):
         with torch.no_grad():
             for weight in other.parameters():
-                weight.zero_()
-        assert other(IDS)[0].abs().max() == 0
-        assert model(IDS)[0].abs().max() > 0
+                weight.mul_(1.5)
+    with profiling.named(model):
+        assert torch.equal(copied(IDS)[0], plain(IDS)[0])
+        assert not torch.equal(model(IDS)[0], plain(IDS)[0])
+    found = ranges(lambda: copied(IDS), copied)
+    assert found["block 1"] == 1, "and can be named itself"
+
+
+def test_what_somebody_put_in_place_of_a_method_is_called_and_stays() -> None:
+    model, calls = tiny("K"), []
+    run = model.stack.blocks[0].run
+
+    def mine(*given: Any) -> Any:
+        calls.append(1)
+        return run(*given)
+
+    model.stack.blocks[0].run = mine
+    assert ranges(lambda: model(IDS), model)["block 0"] == 1
+    assert calls == [1] and model.stack.blocks[0].run is mine
 
 
 def test_numbers_do_not_change() -> None:

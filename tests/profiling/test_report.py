@@ -180,6 +180,18 @@ def test_a_gpu_trace_is_read_without_a_gpu(tmp_path: Path, monkeypatch: pytest.M
     assert found.roofline is None and found.row("others").roofline_share is None and found.row("others").flop > 0
 
 
+def test_what_runs_inside_an_operator_of_ours_is_part_of_it(tmp_path: Path) -> None:
+    trace = Written()
+    trace.range("block 3/mixer", 0, 100)
+    trace.op("hybrid_flex::sparse_attention_flex", 10, 80, [[1, 2, 4, 8], [1, 9, 1, 8], [1, 9, 1, 8], [1, 2, 5], []])
+    trace.op("hybrid_flex::pack_selection", 20, 10, [])
+    trace.range("a range inside", 40, 30)
+    trace.op("aten::mm", 45, 10, [[8, 16], [16, 4]])
+    found = profiling.report(trace.save(tmp_path / "x.pt.trace.json"), roofline=False)
+    assert {row.name: row.time_ms * 1e3 for row in found.rows} == {"attention": pytest.approx(80), "mixer": 20}
+    assert found.row("attention").flop == 2 * (2 * 4 * 5) * (8 + 8), "its own formula, once"
+
+
 def test_rounded_times_and_neighbours_do_not_nest(tmp_path: Path) -> None:
     trace = Written()
     trace.host("a", 0.0, 10.001)
