@@ -70,7 +70,12 @@ class DSACache:
         place = torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[0], -1)
         part.append(kv, place)
         part.append_index(index_keys, place[:, : index_keys.shape[1]])
-        part.index_tail[:, : index_tail.shape[1]] = index_tail
+        kpool = part.index_tail.shape[1]
+        if kpool > 0:
+            # Chosen by number and not by slice, rows that there are not as zeros: the graph of a prefill that ends here
+            # asks for no tail of a certain length.
+            rows = torch.nn.functional.pad(index_tail, (0, 0, 0, kpool))
+            part.index_tail.copy_(rows.index_select(1, torch.arange(kpool, device=kv.device)))
         part.lengths.fill_(kv.shape[1])
 
     def _place(self, positions: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
@@ -108,8 +113,10 @@ class KVCache:
 
     def fill(self, own: slice, kv: Tensor) -> None:
         """Let sequences ``own`` begin with rows ``[b, S, Hkv, 2 * D]``."""
-        self.kv[own, : kv.shape[1]] = kv
-        self.lengths[own] = kv.shape[1]
+        part = KVCache(self.kv[own], self.lengths[own])
+        # By place and not by slice: whether a slice is the whole cache would bind a graph to a length.
+        part.append(kv, torch.arange(kv.shape[1], device=kv.device).expand(kv.shape[0], -1))
+        part.lengths.fill_(kv.shape[1])
 
 
 for _cache in (DSACache, KVCache):

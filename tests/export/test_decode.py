@@ -147,6 +147,30 @@ def test_steps_continue_the_prefill_program() -> None:
     assert torch.equal(torch.cat(out, 1), expected)
 
 
+@pytest.mark.parametrize("max_length", [24, 64])
+@pytest.mark.parametrize(
+    "name", ["model-KSRD-kpool4", "model-KSRD-mla-rope", "sequential", "block-D", "gqa-rope-kpool4"]
+)
+def test_the_prefill_program_can_reserve_by_itself(name: str, max_length: int) -> None:
+    """Its states are the decoding program's: no code of the model runs between the two, at any length of the prompt."""
+    model = build(name)
+    prefill = export_prefill(model, max_length=max_length).module()
+    step = export_decode(model, max_length=max_length).module()
+    for batch_size, length in ((1, 1), (2, 2), (1, 6), (3, 7), (2, max_length - 1), (1, max_length)):
+        x = inputs(model, batch_size, max_length)
+        with torch.no_grad():
+            y, states = prefill(x[:, :length])
+            want, expected = model(x[:, :length])
+            expected = reserved(model, expected, max_length)
+            torch.testing.assert_close(y, want)
+            for t in range(length, min(length + 3, max_length)):
+                y_t, states = step(x[:, t], states)
+                want_t, expected = model.step(x[:, t], expected)[:2]  # type: ignore[operator]
+                torch.testing.assert_close(y_t, want_t)
+        for a, b in zip(pytree.tree_leaves(states), pytree.tree_leaves(expected), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 FRESH = """
 import sys, torch
 from pathlib import Path
