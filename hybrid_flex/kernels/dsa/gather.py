@@ -210,8 +210,9 @@ def gather_kernel(
     b_total = tl.maximum(b_L, 1.0)
     b_r = (1.0 / b_total)[:, None]
     # Where the results go is computed anew: kept through the loop, the addresses would take registers from the sums.
-    # The number is not negative, which the compiler does not know.
-    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.minimum(number, 0), num_tokens, T, 0, H, HKV, BH)
+    # The grid has one dimension, which the compiler does not know; what it must not depend on is anything loaded, or
+    # torch takes the slots for something that is written, and copies them around the kernel in every graph.
+    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.program_id(1), num_tokens, T, 0, H, HKV, BH)
     p_rows = p_o + i_row * V
     store_piece(p_rows, b_o0 * b_r, m_head, 0, VPIECE, V)
     if VPIECES > 1:

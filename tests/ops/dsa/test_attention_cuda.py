@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hybrid_flex.kernels.dsa import gather_backward
@@ -303,6 +304,22 @@ def test_a_graph_that_makes_its_queries(
             both.append([y, *torch.autograd.grad(y.float().square().mean(), leaves)])
         for got, want in zip(*both, strict=True):
             assert (got - want).norm() < 2e-2 * want.norm()
+
+
+def test_a_graph_copies_no_slots(selection: Callable[..., Tensor], fresh_dynamo: None) -> None:
+    """Torch reads off a kernel what it writes; whatever else it takes for written it copies, in every graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    q, k, v = (x.detach() for x in draw((1, 20, 50, 8, 2, 64, 64, 12, False), torch.bfloat16))
+    indices = selection(1, 20, 50, 12).cuda()
+    with torch.no_grad():
+        torch.compile(sparse_attention, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(q, k, v, indices)
+    nodes = [n for n in graphs[0].graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+    assert len(nodes) == 1 and set(nodes[0].kwargs["tensors_to_clone"]) <= {"p_o", "p_lse"}
 
 
 class LatentAttention(torch.nn.Module):
