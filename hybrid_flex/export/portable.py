@@ -150,6 +150,7 @@ def _uneven(program: ExportedProgram, shape: torch.Size) -> tuple[list[int], dic
             continue
         known = program.range_constraints.get(size.node.expr)
         bounds = {} if known is None or not known.upper.is_Integer else {"max": int(known.upper)}
-        sizes.append(min([UNEVEN_BATCH if i == 0 else UNEVEN_LENGTH, *bounds.values()]))
+        wanted = UNEVEN_BATCH if i == 0 else UNEVEN_LENGTH
+        sizes.append(min(wanted, max(bounds["max"] - 1, 2)) if bounds else wanted)  # as `open_dimension` does
         dims[i] = Dim.DYNAMIC(min=1, **bounds)
     return sizes, dims

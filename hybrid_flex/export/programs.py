@@ -130,9 +130,12 @@ def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: 
         return size, Dim.STATIC
     if largest == 1:
         return 1, Dim.STATIC
-    # An example of size 1 would be taken for a constant, whatever is declared.
+    # An example of size 1 would be taken for a constant, whatever is declared, and one as large as a cache that it is
+    # copied to for a copy of all of it.
     size = max(size, 2)
-    return (size, Dim.DYNAMIC(min=1)) if largest is None else (min(size, largest), Dim.DYNAMIC(min=1, max=largest))
+    if largest is None:
+        return size, Dim.DYNAMIC(min=1)
+    return min(size, max(largest - 1, 2)), Dim.DYNAMIC(min=1, max=largest)
 
 
 def asking_no_size(

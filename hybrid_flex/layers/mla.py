@@ -164,7 +164,8 @@ class DeepSeekSparseMLA(SparseLayer):
         if dense:
             o = o[..., : self.v_head_dim]  # NOTE [One width]
         elif self.form == "absorbed":
-            o = torch.einsum("bthr,hdr->bthd", o, self._expansion()[1])
+            # Heads beside each other again, always by a copy: whether one is needed depends on B and T.
+            o = _multiply_heads(o, self._expansion()[1].mT).clone(memory_format=torch.contiguous_format)
         return self.o_proj(o.flatten(-2))
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +186,7 @@ class DeepSeekSparseMLA(SparseLayer):
     def _absorb(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor, None]:
         """Move ``W_k`` into the queries: one key head ``[latent | rotated]``, whose latent is the values too."""
         q_nope, q_rot = q.split((self.qk_nope_head_dim, self.rope_dim), dim=-1)
-        absorbed = torch.einsum("bthd,hdr->bthr", q_nope, self._expansion()[0])
+        absorbed = _multiply_heads(q_nope, self._expansion()[0])
         # Without a rotated part there is nothing to join, and queries as wide as latents are not copied.
         return absorbed if self.rope_dim == 0 else torch.cat((absorbed, q_rot), dim=-1), kv, None
 
@@ -195,3 +196,12 @@ class DeepSeekSparseMLA(SparseLayer):
         expanded = self.kv_b_proj(latent.squeeze(2)).unflatten(-1, (self.num_heads, -1))
         k_nope, v = expanded.split((self.qk_nope_head_dim, self.v_head_dim), dim=-1)
         return q, torch.cat((k_nope, k_rot.expand(-1, -1, self.num_heads, -1)), dim=-1), v
+
+
+def _multiply_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply ``x [B, T, H, A]`` with a matrix of each head, ``weight [H, A, C]``: ``[B, T, H, C]``, heads outermost.
+
+    Written as one batched product: `torch.einsum` asks whether sizes are 1, and a graph with open sizes answers no.
+    """
+    product = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)
+    return product.transpose(0, 1).unflatten(0, (x.shape[0], x.shape[1]))
