@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from hybrid_flex import HybridConfig, HybridLanguageModel, export
+
 SOURCE = Path(__file__).resolve().parent.parent.parent / "examples" / "cpp"
 PROMPT, COUNT = [3, 14, 15, 9, 2, 6], 20
 
@@ -117,6 +119,19 @@ def test_it_keeps_to_the_order_of_states(program: Path, tmp_path: Path) -> None:
         assert len(set(expected)) > 5, "tokens that do not depend on the states would prove nothing"
         assert generated(program, tmp_path / "toy.pt2", prompt) == expected
     assert generated(program, tmp_path / "toy.pt2", count=1) == generated(program, tmp_path / "toy.pt2")[:1]
+
+
+@torch.no_grad()
+def test_it_generates_what_the_model_does(program: Path, tmp_path: Path) -> None:
+    """All kinds of layers: states of fixed size, caches written in place, a shared selection, dense attention."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_heads": 2, "topk": 8, "index_heads": 2, "index_head_dim": 8}
+    model = HybridLanguageModel(HybridConfig(pattern="KSRD", init_std=0.3, **sizes)).eval()
+    export.package(model, tmp_path / "model.pt2", max_length=64)
+    for prompt in (PROMPT, [7], list(range(40))):
+        expected = model.generate(torch.tensor([prompt]), COUNT, greedy=True)[0, len(prompt) :].tolist()
+        assert len(set(expected)) > 5, "tokens that do not depend on the states would prove nothing"
+        assert generated(program, tmp_path / "model.pt2", prompt) == expected
 
 
 def test_it_says_what_is_wrong(program: Path, tmp_path: Path) -> None:
