@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check, check_device, check_dtype, check_shape
-from hybrid_flex.export.decode import export_decode
+from hybrid_flex.export.decode import empty_states, export_decode
 from hybrid_flex.export.portable import decomposed, operators_of, portable, with_plain_states
 from hybrid_flex.export.programs import SUFFIX, check_whole, export_prefill
 from hybrid_flex.models import HybridLanguageModel, sampling
@@ -96,7 +97,7 @@ def package(
         "device": device.type,
         "max_length": max_length,
         "max_batch_size": max_batch_size,
-        "vocab_size": model.config.vocab_size,
+        "num_states": len(pytree.tree_leaves(empty_states(model, 1, max_length))),
     }
     from torch._inductor.package import package_aoti
 
@@ -141,6 +142,7 @@ class Package:
         max_length: tokens that a sequence may reach.
         max_batch_size: largest B, or None.
         device: "cpu" or "cuda".
+        num_states: tensors that the states consist of.
 
     Called with ids ``[B, T]`` it gives ``logits [B, T, vocab_size]`` and the states, a tuple of tensors; `step` goes on
     from there, and `generate` does both.
@@ -152,6 +154,7 @@ class Package:
         self.max_batch_size = None if about["max_batch_size"] == "None" else int(about["max_batch_size"])
         from torch._inductor.package import load_package as load_step
 
+        self.num_states = int(about["num_states"])
         self._prefill, self._decode = (load_step(str(path), name) for name in STEPS)
 
     @torch.no_grad()
@@ -178,6 +181,7 @@ class Package:
             TypeError: ``ids_t`` are not int64.
         """
         self._check("ids_t", ids_t, (None,), "[B]")
+        check(len(states) == self.num_states, "package", "states", f"be {self.num_states} tensors", len(states))
         for state in states:
             same = state.shape[0] == ids_t.shape[0]
             check(same, "package", "states", f"hold {ids_t.shape[0]} sequences, as many as ids_t", state.shape[0])
