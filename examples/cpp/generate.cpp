@@ -74,10 +74,34 @@ Request read_request(int argc, char** argv) {
   return request;
 }
 
-c10::Device device_of(AOTIModelPackageLoader& loader) {
+// What was written into the package when it was made; empty for what was not.
+std::string about(AOTIModelPackageLoader& loader, const std::string& key) {
   const auto metadata = loader.get_metadata();
-  const auto found = metadata.find("AOTI_DEVICE_KEY");
-  return c10::Device(found == metadata.end() ? "cpu" : found->second);
+  const auto found = metadata.find(key);
+  return found == metadata.end() ? "" : found->second;
+}
+
+c10::Device device_of(AOTIModelPackageLoader& loader) {
+  const auto device = about(loader, "AOTI_DEVICE_KEY");
+  return c10::Device(device.empty() ? "cpu" : device);
+}
+
+// Compiled code refuses a token or a length that is out of range in its own words, some on a GPU with none at all.
+void check_request(const Request& request, AOTIModelPackageLoader& loader) {
+  if (const auto most = about(loader, "hybrid_flex.max_length"); !most.empty()) {
+    const auto tokens = static_cast<int64_t>(request.prompt.size()) + request.num_tokens;
+    if (tokens > std::stoll(most)) {
+      throw std::invalid_argument("generate: prompt and NUM_TOKENS must be at most " + most +
+                                  " tokens together, got " + std::to_string(tokens));
+    }
+  }
+  if (const auto size = about(loader, "hybrid_flex.vocab_size"); !size.empty()) {
+    for (const int64_t token : request.prompt) {
+      if (token >= std::stoll(size)) {
+        throw std::invalid_argument("generate: PROMPT_TOKEN must be below " + size + ", got " + std::to_string(token));
+      }
+    }
+  }
 }
 
 // The likeliest token of each sequence, [B], from logits [B, vocab].
@@ -89,6 +113,7 @@ std::vector<int64_t> generate(const Request& request) {
   const c10::InferenceMode no_gradients;
   AOTIModelPackageLoader prefill(request.package, "prefill");
   AOTIModelPackageLoader decode(request.package, "decode");
+  check_request(request, prefill);
   const auto device = device_of(prefill);
 
   const at::Tensor ids = at::tensor(request.prompt, at::kLong).unsqueeze(0).to(device);
