@@ -422,8 +422,9 @@ def sparse_attention(
         scale: factor of the logits; default ``D ** -0.5``.
         backend: ``"gather"`` (exact and differentiable, workspace independent of T; on CUDA Triton kernels, in every
             dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"flex"``
-            (FlexAttention over a BlockMask; not float64), ``"reference"`` (dense, for tests), or ``"auto"``, which is
-            ``"gather"``.
+            (FlexAttention over a BlockMask: of blocks of queries, or, where T * Hkv is at most 128, of single tokens;
+            not float64; gradients are those of ``"gather"``), ``"reference"`` (dense, for tests), or ``"auto"``, which
+            is ``"gather"``.
         value_dim: Dv, in [1, D], where v is None.
 
     Returns:

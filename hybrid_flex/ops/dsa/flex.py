@@ -11,13 +11,13 @@ NOTE [Few queries]: the union form works through whole blocks of 128 queries, so
 keys it skips next to nothing once neighbours select for themselves.  With heads as rows a token is an entry of the
 batch, and skips what it has not selected: with 2048 of 32768 keys drawn one by one 36 % of the blocks, 77 % with pools
 of 4, 94 % with pools of 16.  Tokens and key heads that are at most 128 together, T * Hkv, take this form.  Measured on
-two cores of a CPU (16 heads on one of 64, 256 of 4096 keys, neighbours busy): one query 0.6 instead of 36 ms, 16
-queries 8 instead of 49, 64 queries 24 instead of 68, 128 queries as long; with 16 key heads 16 queries 57 instead of
-87, and 64 longer, 276 instead of 100.  On CUDA nothing is measured yet, and the bound is the CPU's.
+two cores of a CPU (16 heads on one of 64, 256 of 4096 keys drawn one by one): one query 0.6 instead of 24 ms, 16
+queries 2.5 instead of 20, 128 queries 19 instead of 20; with 16 key heads 16 queries 18 instead of 25, and 128 longer,
+130 instead of 26.  On CUDA nothing is measured yet, and the bound is the CPU's.
 
 NOTE [Buckets]: the inner compilation is static, so every new size would compile again (seconds each).  Queries and keys
-are padded to powers of two, and on a CPU, where dynamic lengths with captured tensors fail in several ways, batch
-entries run one by one.  Padding costs memory and copies only: no list names a padded block.
+are padded to powers of two (few queries to powers of four), and on a CPU, where dynamic lengths with captured tensors
+fail in several ways, batch entries run one by one.  Padding costs memory and copies only: no list names a padded block.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _bucket(length: int) -> int:
 
 def _few(num_queries: int) -> int:
     """Return the bucket of a number of queries whose heads are rows: few of them, as padding costs next to nothing."""
-    return next((n for n in (1, 16) if num_queries <= n), _bucket(num_queries))
+    return next((n for n in (1, 4, 16, 64) if num_queries <= n), _bucket(num_queries))
 
 
 def _padded(x: Tensor, length: int, value: float = 0) -> Tensor:
