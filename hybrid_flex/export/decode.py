@@ -50,9 +50,8 @@ def export_decode(
         end of a full cache raises IndexError on a CPU; on CUDA nothing is checked that would wait for the device.
 
     Raises:
-        ValueError: a size is not positive, ``max_batch_size`` is 2 with `DeepSeekSparseMLA`, the model has no ``step``
-            and ``init_state``, or its layer cannot decode alone (one that shares the selection of another, or an MLA
-            layer in its expanded form).
+        ValueError: a size is not positive, the model has no ``step`` and ``init_state``, or its layer cannot decode
+            alone (one that shares the selection of another, or an MLA layer in its expanded form).
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -78,7 +77,7 @@ def export_decode(
         )
     token, states = example_input(op, model, batch_size), empty_states(model, batch_size, max_length)
     # Without gradients no node of the graph switches them off and on again.
-    with torch.no_grad(), asking_no_size(op, model, {"max_batch_size": max_batch_size}, if_pooled=False):
+    with torch.no_grad(), asking_no_size():
         return torch.export.export(
             _stepping(model), (token, states), dynamic_shapes=({0: B}, _dynamic(states, B)), strict=strict
         )

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 # Importing the models registers the operators and the state dataclasses, without which no program of theirs loads.
 from hybrid_flex.checks import check
-from hybrid_flex.layers import DeepSeekSparseMLA, LightningIndexer
 from hybrid_flex.models import HybridLanguageModel
 
 SUFFIX = ".pt2"
@@ -52,8 +51,7 @@ def export_prefill(
         batch_size: B of the traced example, positive.
         seq_len: T of the traced example, positive.
         dynamic: leave B and T open, the default: the example's sizes then mean nothing, and the program accepts any
-            from 1 up to the bounds below (T from 2 where `DeepSeekSparseMLA` has pooled index keys). False fixes them
-            to the example's.
+            from 1 up to the bounds below. False fixes them to the example's.
         max_batch_size: largest B that the program accepts; None for any.
         max_seq_len: largest T that the program accepts; None for any.
         max_length: tokens that a sequence may reach, prompt included: the states then come out as `export_decode` of
@@ -66,8 +64,8 @@ def export_prefill(
         `save` writes it to a file.
 
     Raises:
-        ValueError: a size is not positive, a bound comes with ``dynamic=False`` or is 2 with `DeepSeekSparseMLA`, or
-            the model is neither a language model nor has a ``hidden_size``.
+        ValueError: a size is not positive, a bound comes with ``dynamic=False``, or the model
+            is neither a language model nor has a ``hidden_size``.
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -93,9 +91,8 @@ def export_prefill(
     batch_size, B = open_dimension(op, "batch_size", batch_size, max_batch_size, dynamic)
     seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
     example = example_input(op, model, batch_size, seq_len)
-    bounds = {"max_batch_size": max_batch_size, "max_seq_len": max_seq_len}
     gradients = torch.is_grad_enabled() and max_length is None
-    with torch.set_grad_enabled(gradients), asking_no_size(op, model, bounds, if_pooled=True):
+    with torch.set_grad_enabled(gradients), asking_no_size():
         return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
 
 
@@ -138,26 +135,15 @@ def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: 
     return min(size, max(largest - 1, 2)), Dim.DYNAMIC(min=1, max=largest)
 
 
-def asking_no_size(
-    op: str, model: nn.Module, bounds: Mapping[str, int | None], *, if_pooled: bool
-) -> AbstractContextManager[None]:
-    """Trace without asking what an open size is in the example, where that is needed.
+def asking_no_size() -> AbstractContextManager[None]:
+    """Trace without asking what an open size is in the example.
 
     NOTE [Sizes that are asked about]
     A graph is traced with an example, and "is there one pool of 4 tokens?" is answered for its length: the program is
     bound to lengths of the same answer, with ``index_kpool = 4`` to T >= 8.  Likewise a size of at most 2 is taken for
-    a constant, because 0 and 1 are.  Oblivious of the example, torch answers for all sizes.  Not always, because then
-    it forgets that an open size is no 1: the products of `DeepSeekSparseMLA` ask that, and a size of 1 is refused.
+    a constant, because 0 and 1 are.  Oblivious of the example, torch answers for all sizes.
     """
-    modules = list(model.modules())
-    pooled = any(isinstance(module, LightningIndexer) and module.kpool > 1 for module in modules)
-    latent = any(isinstance(module, DeepSeekSparseMLA) for module in modules)
-    for name, largest in bounds.items():
-        rule = "not be 2 with DeepSeekSparseMLA (sizes 1 and 2 ask for a program each, or for a larger bound)"
-        check(largest != 2 or not latent, op, name, rule, largest)
-    patch: AbstractContextManager[None] = symbolic_shapes.patch(  # type: ignore[attr-defined]
-        backed_size_oblivious=2 in bounds.values() or (pooled and if_pooled)
-    )
+    patch: AbstractContextManager[None] = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patch
 
 

@@ -238,8 +238,9 @@ def test_the_graph_holds_operators_and_no_grad_mode() -> None:
     assert not any("grad" in target for target in targets)
 
 
-def test_sizes_and_bounds() -> None:
-    model = build("gqa-rope-kpool4")
+@pytest.mark.parametrize("name", ["gqa-rope-kpool4", "mla-rope-qlora-kpool4", "parallel"])
+def test_sizes_and_bounds(name: str) -> None:
+    model = build(name)
     fixed = export_decode(model, max_length=LENGTH, batch_size=3, dynamic=False)
     assert_steps_equal(model, fixed.module(), 3)
     with pytest.raises((AssertionError, RuntimeError), match=r"x_t.size\(\)\[0\] == 3"):
@@ -292,8 +293,6 @@ def test_messages() -> None:
     assert str(foreign.value) == (
         "export_decode: model must have step and init_state, as models and layers do, got Linear"
     )
-    with pytest.raises(ValueError, match="export_decode: max_batch_size must not be 2 with DeepSeekSparseMLA"):
-        export_decode(mla(), max_length=8, max_batch_size=2)
     with pytest.raises(ValueError, match="indices must come from an earlier layer, got None"):
         export_decode(gqa(share_indices=True), max_length=8)
     with pytest.raises(ValueError, match="form must be 'absorbed' to decode, got 'expanded'"):
