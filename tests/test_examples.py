@@ -21,7 +21,7 @@ SHORT = {
     "compile_layer": ["aot_eager"],  # without the C++ compiler of the default backend: seconds instead of a minute
     "decode_from_pages": [],
     "dsa_layer": ["picture"],
-    "export_and_reload": [],
+    "export_and_run": [],
     "hybrid_model": [],
     "kda_layer": [],
     "packed_sequences": [],

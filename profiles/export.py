@@ -1,0 +1,305 @@
+"""Time one model in every form that it can be run in: eager, compiled, exported, and packaged by AOTInductor.
+
+    python profiles/export.py
+
+Prefill of a prompt and single decoding steps of a `HybridLanguageModel`, by
+  eager      the model itself; a step goes on from caches of fixed size.
+  compiled   torch.compile(fullgraph=True, dynamic=True), at its first call for as long as that takes.
+  opaque     the program of export_prefill or export_decode, saved and loaded: our operators are single nodes.
+  portable   its portable form: PyTorch's operators only, run one by one.
+  package    the AOTInductor package of both steps.
+  graph      the eager step in a CUDA graph (decoding on a GPU).
+How long each took to make, and what its file holds against the bytes of the parameters, stands in a second table.
+
+Correctness comes first: a form whose logits differ from the eager model's by more than rounding in more than one token
+of a hundred (one more or less selected key is a rounding error of the indexer) ends the run.  The contenders then take
+turns in one process; the median, 20th and 80th percentile of their times.  The tables go to
+profiles/results/export_<device>_<yyyymmdd>.md, everything measured to the .json beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import (
+    RESULTS,
+    Clock,
+    Plan,
+    arguments_without_out,
+    progress,
+    report_stem,
+    spread,
+    table,
+    take_turns,
+    versions,
+    write_report,
+)
+from machine import DTYPES, describe, describe_machine
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from tqdm import tqdm
+
+from hybrid_flex import HybridConfig, HybridLanguageModel, export
+from hybrid_flex.export.portable import to_tuples
+
+FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph")
+STEPS = ("prefill", "decode")
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-1, torch.float16: 2e-2}
+"""Largest difference of logits, of a size of some units, that rounding explains."""
+DIFFERENT_TOKENS = 0.01
+
+Logits = Callable[[], Tensor]
+
+
+class Forms:
+    """Make the forms of a model, noting the seconds and bytes that each takes."""
+
+    def __init__(self, model: HybridLanguageModel, ids: Tensor, max_length: int, folder: Path) -> None:
+        self.model, self.ids, self.max_length, self.folder = model, ids, max_length, folder
+        self.made: dict[str, dict[str, float]] = {}
+        self.loaded: export.Package | None = None
+        with torch.no_grad():
+            self.states = model(ids)[1]
+
+    def make(self, form: str, step: str) -> Logits:
+        """Return what computes the logits of a step in a form."""
+        calls: dict[str, Callable[[str], Logits]] = {
+            "eager": self.eager,
+            "compiled": self.compiled,
+            "opaque": lambda step: self.program(step, portable=False),
+            "portable": lambda step: self.program(step, portable=True),
+            "package": self.package,
+            "graph": self.graph,
+        }
+        begin = time.perf_counter()
+        call = calls[form](step)
+        call()
+        # One file serves both steps of a package, and is made with the first.
+        known = self.made.setdefault(form if form == "package" else f"{form} {step}", {"seconds": 0.0})
+        known["seconds"] += time.perf_counter() - begin
+        return call
+
+    def eager(self, step: str) -> Logits:
+        return self._run(self.model if step == "prefill" else self.model.step, step)
+
+    def compiled(self, step: str) -> Logits:
+        function = self.model.forward if step == "prefill" else self.model.step
+        return self._run(torch.compile(function, fullgraph=True, dynamic=True), step)
+
+    def program(self, step: str, portable: bool) -> Logits:
+        if step == "prefill":
+            program = export.export_prefill(self.model)
+        else:
+            program = export.export_decode(self.model, max_length=self.max_length)
+        program = export.portable(program) if portable else program
+        path = self.folder / "program.pt2"
+        export.save(program, path)
+        name = f"{'portable' if portable else 'opaque'} {step}"
+        self.made[name] = {"seconds": 0.0, "bytes": path.stat().st_size}
+        return self._run(export.load(path).module(), step, to_tuples(self.reserved()) if portable else None)
+
+    def package(self, step: str) -> Logits:
+        if self.loaded is None:
+            path = export.package(self.model, self.folder / "package.pt2", max_length=self.max_length)
+            self.made["package"] = {"seconds": 0.0, "bytes": path.stat().st_size}
+            self.loaded = export.load_package(path)
+        loaded = self.loaded
+        return self._run(loaded if step == "prefill" else loaded.step, step, loaded(self.ids)[1])
+
+    def graph(self, step: str) -> Logits:
+        call = self.eager(step)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = call()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def reserved(self) -> Any:
+        """Make caches with room, behind the prompt."""
+        return self.model.reserve(self.states, self.max_length)
+
+    def _run(self, function: Callable[..., Any], step: str, states: Any = None) -> Logits:
+        if step == "prefill":
+
+            @torch.no_grad()
+            def prefill() -> Tensor:
+                return function(self.ids)[0]
+
+            return prefill
+        states = self.reserved() if states is None else states
+        token, length = self.ids[:, -1], self.ids.shape[1]
+        # Every call is the first step behind the prompt.
+        lengths = [x for x in pytree.tree_leaves(states) if x.dtype == torch.int32]
+
+        @torch.no_grad()
+        def decode() -> Tensor:
+            for held in lengths:
+                held.fill_(length)
+            return function(token, states)[0]
+
+        return decode
+
+
+def check(form: str, got: Tensor, want: Tensor) -> float:
+    """Return the error that all but one in a hundred tokens stay below; end the run if it is more than rounding."""
+    error = (got.float() - want.float()).abs().amax(-1).flatten()
+    typical = error.quantile(1 - DIFFERENT_TOKENS).item()
+    if not typical <= TOLERANCE[want.dtype]:
+        raise SystemExit(f"{form}: logits differ from eager by {typical:.2e}: it computes something else")
+    return typical
+
+
+def measure(model: HybridLanguageModel, options: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    """Make and time every form that was asked for."""
+    device = next(model.parameters()).device
+    ids = torch.randint(model.config.vocab_size, (options.batch_size, options.length), device=device)
+    plan = Plan(min_rounds=5, min_seconds=options.seconds, max_seconds=4 * options.seconds, warm_up_rounds=1)
+    found: dict[str, Any] = {"steps": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        forms = Forms(model, ids, options.length + options.room, Path(folder))
+        for step in options.steps:
+            calls: dict[str, Logits] = {}
+            errors: dict[str, float] = {}
+            for form in options.forms:
+                if form == "graph" and (step == "prefill" or device.type != "cuda"):
+                    continue
+                show(f"{step}: {form}")
+                calls[form] = forms.make(form, step)
+                want = calls["eager"]()
+                errors[form] = check(f"{form} {step}", calls[form](), want)
+            show(f"{step}: timing")
+            seconds = take_turns(calls, Clock(device), plan)
+            found["steps"][step] = {
+                form: spread(own) | {"repeats": len(own), "error": errors[form]} for form, own in seconds.items()
+            }
+        found["made"] = forms.made
+    return found
+
+
+TIMES = {"form": "---", "ms": "---:", "against eager": "---:", "error": "---:"}
+MADE = {"made": "---", "seconds": "---:", "MB": "---:", "of the parameters": "---:"}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Write the results as a Markdown document."""
+    lines = [
+        "# One model in every form that it can be run in",
+        "",
+        describe(result["machine"], result["versions"], result["date"]),
+        f"Made by `{result['command']}` in {result['seconds']:.0f} s.",
+        "",
+        ", ".join(f"{key} {value}" for key, value in result["model"].items()) + ".",
+        f"Median (20th to 80th percentile) of calls that take turns. Error: of logits, against eager, of all but "
+        f"{DIFFERENT_TOKENS:.0%} of the tokens.",
+    ]
+    for step, forms in result["steps"].items():
+        rows = [
+            [
+                form,
+                f"{own['median_ms']:.2f} ({own['p20_ms']:.2f}-{own['p80_ms']:.2f})",
+                f"{forms['eager']['median_ms'] / own['median_ms']:.2f}x",
+                f"{own['error']:.1e}",
+            ]
+            for form, own in forms.items()
+        ]
+        lines += ["", f"## {step}", "", *table(TIMES, rows)]
+    rows = []
+    for name, own in result["made"].items():
+        size = own.get("bytes")
+        share = "" if size is None else f"{size / result['model']['parameter_bytes']:.3f}"
+        rows.append([name, f"{own['seconds']:.1f}", "" if size is None else f"{size / 1e6:.1f}", share])
+    lines += ["", "## What they cost", "", "Seconds until the first call has ended; size of the file.", ""]
+    return "\n".join([*lines, *table(MADE, rows)]) + "\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="besides eager; default: all")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
+    parser.add_argument("--pattern", default="KKKS", help="layers, see HybridConfig (default: %(default)s)")
+    parser.add_argument("--num-layers", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--hidden-size", type=int, default=768, help="model width (default: %(default)s)")
+    parser.add_argument("--num-heads", type=int, default=12, help="default: %(default)s")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="default: %(default)s")
+    parser.add_argument("--topk", type=int, default=256, help="keys that a query selects (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--room", type=int, default=2048, help="tokens that may follow it (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: float32, bfloat16 on a GPU")
+    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    parser.add_argument("--threads", type=int, default=None, help="of torch on a CPU; 1 where others use the cores too")
+    parser.add_argument("--seconds", type=float, default=5.0, help="to spend per time, at least (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables (default: profiles/results)")
+    options = parser.parse_args()
+    options.forms = ["eager", *(form for form in FORMS[1:] if form in options.forms)]
+    return options
+
+
+def main() -> None:
+    options = parse()
+    begin = time.perf_counter()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    torch.manual_seed(options.seed)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    config = HybridConfig(
+        vocab_size=options.vocab_size,
+        hidden_size=options.hidden_size,
+        pattern=options.pattern,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        topk=options.topk,
+    )
+    model = HybridLanguageModel(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "profiles/export.py", *arguments_without_out()]),
+        "machine": describe_machine(device),
+        "versions": versions(),
+        "model": {
+            "pattern": config.letters,
+            "hidden": config.hidden_size,
+            "heads": config.num_heads,
+            "vocabulary": config.vocab_size,
+            "topk": config.topk,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            "parameter_bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
+            "length": options.length,
+            "batch": options.batch_size,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+    }
+    with tqdm(total=len(options.steps) * (len(options.forms) + 1), file=sys.stderr) as bar:
+
+        def show(text: str) -> None:
+            bar.set_description(text)
+            bar.update()
+
+        result |= measure(model, options, show)
+    result["seconds"] = time.perf_counter() - begin
+    stem = report_stem(options.out, "export", result["machine"]["name"])
+    write_report(stem, result, markdown(result))
+    print(markdown(result))
+    progress(f"written to {stem}.md and .json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The profile of a model's forms: a gate before the clock, every form timed, what each cost to make."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--device", "cpu", "--length", "20", "--room", "10", "--hidden-size", "32", "--num-heads", "2", "--topk", "8"]
+TINY += ["--num-layers", "2", "--pattern", "KS", "--vocab-size", "40", "--seconds", "0.001", "--threads", "1"]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Give the profile, which lies outside the package and has a name that others have too."""
+    monkeypatch.syspath_prepend(str(ROOT / "profiles"))
+    spec = importlib.util.spec_from_file_location("profile_export", ROOT / "profiles" / "export.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(before)
+
+
+def run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["export.py", *TINY, *arguments, "--out", str(folder)])
+    bench.main()
+    (path,) = folder.glob("export_*.json")
+    return json.loads(path.read_text())
+
+
+def test_programs(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(bench, monkeypatch, tmp_path, "--forms", "opaque", "portable")
+    assert {step: list(forms) for step, forms in result["steps"].items()} == {
+        "prefill": ["eager", "opaque", "portable"],
+        "decode": ["eager", "opaque", "portable"],
+    }
+    for forms in result["steps"].values():
+        assert forms["eager"]["error"] == 0.0
+        assert all(0 < own["p20_ms"] <= own["median_ms"] <= own["p80_ms"] for own in forms.values())
+    parameters = result["model"]["parameter_bytes"]
+    assert parameters == 4 * result["model"]["parameters"]
+    assert all(result["made"][f"{form} prefill"]["bytes"] > parameters for form in ("opaque", "portable"))
+    printed = capsys.readouterr().out
+    assert printed == next(tmp_path.glob("export_*.md")).read_text() + "\n"
+    assert printed.count("| portable |") == 2 and "--out" not in result["command"]
+
+
+@pytest.mark.slow
+def test_compiled_forms(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_dynamo: None) -> None:
+    result = run(bench, monkeypatch, tmp_path, "--forms", "compiled", "package")
+    assert list(result["steps"]["decode"]) == ["eager", "compiled", "package"]
+    assert result["made"]["package"]["bytes"] > result["model"]["parameter_bytes"]
+
+
+def test_a_form_that_computes_something_else_ends_the_run(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def wrong(self: Any, step: str, portable: bool) -> Any:
+        return lambda: self.eager(step)() + 0.01
+
+    monkeypatch.setattr(bench.Forms, "program", wrong)
+    with pytest.raises(SystemExit, match=r"opaque prefill: logits differ from eager by 1.00e-02"):
+        run(bench, monkeypatch, tmp_path, "--forms", "opaque")
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_token_in_a_hundred_may_select_another_key(bench: ModuleType) -> None:
+    want = torch.zeros(1, 200, 5)
+    other = want.clone()
+    other[0, 7] += 1.0
+    assert bench.check("package prefill", other, want) == 0.0
+    other[0, 50:60] += 1.0
+    with pytest.raises(SystemExit, match="computes something else"):
+        bench.check("package prefill", other, want)
