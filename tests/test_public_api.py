@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import hybrid_flex
-from hybrid_flex import ops, profiling
+from hybrid_flex import export, ops, profiling
 
 TOP_LEVEL = [
     "DSACache",
@@ -67,6 +67,17 @@ SIGNATURES = {
     "sparse_attention": "q, k, v, indices, *, scale=None, backend='auto', value_dim=None",
 }
 
+EXPORT = {
+    "export_decode": "model, *, max_length, batch_size=2, dynamic=True, max_batch_size=None, strict=False",
+    "export_prefill": "model, *, batch_size=2, seq_len=128, dynamic=True, max_batch_size=None, max_seq_len=None, "
+    "max_length=None, strict=False",
+    "load": "path",
+    "load_package": "path",
+    "package": "model, path, device=None, *, max_length=4096, max_batch_size=None",
+    "portable": "program, *, flat=False",
+    "runner": "program",
+    "save": "program, path",
+}
 PROFILING = {
     "measure_roofline": "device='cpu', dtype=torch.float32, *, seconds=0.4",
     "named": "*models",
@@ -121,6 +132,12 @@ def test_operator_is_documented(name: str) -> None:
     doc = inspect.getdoc(getattr(ops, name)) or ""
     for section in ("Args:", "Returns:", "Raises:", "Device:", "Source:", ">>> "):
         assert section in doc, f"{name} lacks {section}"
+
+
+@pytest.mark.parametrize("name", sorted(EXPORT))
+def test_export_signature_is_frozen(name: str) -> None:
+    assert parameters(getattr(export, name)) == EXPORT[name]
+    assert set(export.__all__) == {*EXPORT, "Package"}
 
 
 @pytest.mark.parametrize("name", sorted(PROFILING))
