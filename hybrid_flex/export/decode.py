@@ -77,7 +77,7 @@ def export_decode(
         )
     token, states = example_input(op, model, batch_size), empty_states(model, batch_size, max_length)
     # Without gradients no node of the graph switches them off and on again.
-    with torch.no_grad(), asking_no_size():
+    with torch.no_grad(), asking_no_size(max_batch_size == 2):
         return torch.export.export(
             _stepping(model), (token, states), dynamic_shapes=({0: B}, _dynamic(states, B)), strict=strict
         )

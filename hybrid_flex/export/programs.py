@@ -135,15 +135,17 @@ def open_dimension(op: str, name: str, size: int, largest: int | None, dynamic: 
     return min(size, max(largest - 1, 2)), Dim.DYNAMIC(min=1, max=largest)
 
 
-def asking_no_size() -> AbstractContextManager[None]:
-    """Trace without asking what an open size is in the example.
+def asking_no_size(wanted: bool = True) -> AbstractContextManager[None]:
+    """Trace without asking what an open size is in the example, if ``wanted``.
 
     NOTE [Sizes that are asked about]
     A graph is traced with an example, and "is there one pool of 4 tokens?" is answered for its length: the program is
     bound to lengths of the same answer, with ``index_kpool = 4`` to T >= 8.  Likewise a size of at most 2 is taken for
     a constant, because 0 and 1 are.  Oblivious of the example, torch answers for all sizes.
+    It then also forgets that an open size is no 1, which torch 2.11 asks where dense attention decodes under a mask: a
+    decoding step, which has no open length, is traced so only for a bound of 2.
     """
-    patch: AbstractContextManager[None] = symbolic_shapes.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    patch: AbstractContextManager[None] = symbolic_shapes.patch(backed_size_oblivious=wanted)  # type: ignore[attr-defined]
     return patch
 
 
