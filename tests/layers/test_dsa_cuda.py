@@ -38,12 +38,15 @@ def relative(x: Tensor, y: Tensor) -> float:
 @each_kind
 @each_layer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_equals_the_layer_on_a_cpu(make: Callable[[int], SparseLayer], kpool: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("length", [300, 60], ids=["selected", "short"])
+def test_equals_the_layer_on_a_cpu(
+    make: Callable[[int], SparseLayer], kpool: int, dtype: torch.dtype, length: int
+) -> None:
     torch.manual_seed(0)
     layer = make(kpool).to(dtype)
     exact = copy.deepcopy(layer).double()
     layer = layer.cuda()
-    x = torch.randn(2, 300, 256).to(dtype)
+    x = torch.randn(2, length, 256).to(dtype)
     x_cuda, x_exact = x.cuda().requires_grad_(), x.double().requires_grad_()
     y, _, indices, loss = layer.attend(x_cuda, stage="sparse")
     # What is almost equal may be selected otherwise; both attend to one selection.
