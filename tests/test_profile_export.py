@@ -68,19 +68,9 @@ def test_a_form_that_computes_something_else_ends_the_run(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def wrong(self: Any, step: str, portable: bool) -> Any:
-        return lambda: self.eager(step)() + 0.01
+        return lambda: self.eager(step)() * 1.01
 
     monkeypatch.setattr(bench.Forms, "program", wrong)
-    with pytest.raises(SystemExit, match=r"opaque prefill: logits differ from eager by 1.00e-02"):
+    with pytest.raises(SystemExit, match=r"opaque prefill: logits differ from eager by 1.0e-02 of their size"):
         run(bench, monkeypatch, tmp_path, "--forms", "opaque")
     assert not list(tmp_path.iterdir())
-
-
-def test_one_token_in_a_hundred_may_select_another_key(bench: ModuleType) -> None:
-    want = torch.zeros(1, 200, 5)
-    other = want.clone()
-    other[0, 7] += 1.0
-    assert bench.check("package prefill", other, want) == 0.0
-    other[0, 50:60] += 1.0
-    with pytest.raises(SystemExit, match="computes something else"):
-        bench.check("package prefill", other, want)
