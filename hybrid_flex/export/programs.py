@@ -64,8 +64,8 @@ def export_prefill(
         `save` writes it to a file.
 
     Raises:
-        ValueError: a size is not positive, a bound comes with ``dynamic=False``, or the model
-            is neither a language model nor has a ``hidden_size``.
+        ValueError: a size is not positive, a bound comes with ``dynamic=False``, or the model is neither a language
+            model nor has a ``hidden_size``.
 
     Device:
         The model's: CPU or CUDA. A program runs on the kind of device it was exported on.
@@ -169,7 +169,8 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
 
     Args:
         program: what `export_prefill`, `export_decode` or `torch.export.export` made.
-        path: a file name ending in ``.pt2``; missing folders are made, an older file is replaced.
+        path: a file name ending in ``.pt2``; missing folders are made, an older file is replaced. The example of a
+            decoding step, whose caches may be large, is left out.
 
     Raises:
         TypeError: ``program`` is no exported program.
