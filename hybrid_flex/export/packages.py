@@ -97,6 +97,7 @@ def package(
         "device": device.type,
         "max_length": max_length,
         "max_batch_size": max_batch_size,
+        "vocab_size": model.config.vocab_size,
         "num_states": len(pytree.tree_leaves(empty_states(model, 1, max_length))),
     }
     from torch._inductor.package import package_aoti

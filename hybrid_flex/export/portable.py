@@ -89,8 +89,7 @@ def with_plain_states(program: ExportedProgram, *, flat: bool = False) -> Export
 
     Each is the tuple of its tensors instead, or with ``flat`` their tensors are inputs and outputs themselves.
     """
-    assert program.example_inputs is not None  # export keeps them, and so does a file
-    arguments = program.example_inputs[0]
+    arguments = _example(program)
     model = program.module(check_guards=False)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
@@ -99,6 +98,20 @@ def with_plain_states(program: ExportedProgram, *, flat: bool = False) -> Export
     example, sizes = _uneven_example(program, arguments, flat)
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(_PlainStates(model, arguments, flat), example, dynamic_shapes=sizes)
+
+
+def _example(program: ExportedProgram) -> tuple[Any, ...]:
+    """Return inputs of the kind that a program was traced with; the file of a decoding program holds none."""
+    if program.example_inputs is None:
+        traced = [tensor.meta["val"] for tensor in program.graph.find_nodes(op="placeholder")]
+        inputs = traced[len(traced) - len(program.graph_signature.user_inputs) :]
+        leaves = [
+            torch.zeros([n if isinstance(n, int) else 2 for n in x.shape], dtype=x.dtype, device=x.device)
+            for x in inputs
+        ]
+        program.example_inputs = (pytree.tree_unflatten(leaves, program.call_spec.in_spec)[0], {})
+    arguments: tuple[Any, ...] = program.example_inputs[0]
+    return arguments
 
 
 class _PlainStates(nn.Module):

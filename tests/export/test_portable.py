@@ -135,6 +135,19 @@ def test_flat_states_are_the_same_tensors() -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_a_loaded_decoding_program_is_written_out(tmp_path: Path) -> None:
+    layer = LAYERS["dsa"]()
+    save(export_decode(layer, max_length=20), tmp_path / "decode.pt2")
+    step = portable(load(tmp_path / "decode.pt2")).module()
+    x = torch.randn(3, 8, 32)
+    state = layer.reserve(layer.init_state(3), 20)
+    tensors = tuple(t.clone() for t in pytree.tree_leaves(state))
+    for t in range(8):
+        y, tensors = step(x[:, t].contiguous(), tensors)
+        torch.testing.assert_close(y, layer.step(x[:, t], state)[0])
+    assert tensors[-1].tolist() == [8, 8, 8]
+
+
 def test_the_model_still_learns() -> None:
     layer = LAYERS["kda"]()
     program = portable(export_prefill(layer))
