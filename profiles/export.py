@@ -52,8 +52,9 @@ from hybrid_flex.export.portable import to_tuples
 
 FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph")
 STEPS = ("prefill", "decode")
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative L2 error of logits that rounding explains."""
+TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative L2 error of logits that rounding explains: not in the logits themselves, where float32 loses 1e-6, but in the
+scores of indexers, which then select another key in a few rows of a hundred (1e-3 with three of them)."""
 
 Logits = Callable[[], Tensor]
 
@@ -94,15 +95,17 @@ class Forms:
         return self._run(torch.compile(function, fullgraph=True, dynamic=True), step)
 
     def program(self, step: str, portable: bool) -> Logits:
+        begin = time.perf_counter()
         if step == "prefill":
             program = export.export_prefill(self.model)
         else:
             program = export.export_decode(self.model, max_length=self.max_length)
         program = export.portable(program) if portable else program
+        export_seconds = time.perf_counter() - begin
         path = self.folder / "program.pt2"
         export.save(program, path)
         name = f"{'portable' if portable else 'opaque'} {step}"
-        self.made[name] = {"seconds": 0.0, "bytes": path.stat().st_size}
+        self.made[name] = {"seconds": 0.0, "export_seconds": export_seconds, "bytes": path.stat().st_size}
         return self._run(export.load(path).module(), step, to_tuples(self.reserved()) if portable else None)
 
     def package(self, step: str) -> Logits:
@@ -191,7 +194,7 @@ def measure(model: HybridLanguageModel, options: argparse.Namespace, show: Calla
 
 
 TIMES = {"form": "---", "ms": "---:", "against eager": "---:", "error": "---:"}
-MADE = {"made": "---", "seconds": "---:", "MB": "---:", "of the parameters": "---:"}
+MADE = {"made": "---", "exporting, s": "---:", "all, s": "---:", "MB": "---:", "of the parameters": "---:"}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -220,8 +223,15 @@ def markdown(result: dict[str, Any]) -> str:
     for name, own in result["made"].items():
         size = own.get("bytes")
         share = "" if size is None else f"{size / result['model']['parameter_bytes']:.3f}"
-        rows.append([name, f"{own['seconds']:.1f}", "" if size is None else f"{size / 1e6:.1f}", share])
-    lines += ["", "## What they cost", "", "Seconds until the first call has ended; size of the file.", ""]
+        export_seconds = f"{own['export_seconds']:.1f}" if "export_seconds" in own else ""
+        rows.append([name, export_seconds, f"{own['seconds']:.1f}", "" if size is None else f"{size / 1e6:.1f}", share])
+    lines += [
+        "",
+        "## What they cost",
+        "",
+        "Seconds until the program was there, and until the first call had ended; size of the file.",
+        "",
+    ]
     return "\n".join([*lines, *table(MADE, rows)]) + "\n"
 
 
