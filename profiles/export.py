@@ -53,8 +53,8 @@ from hybrid_flex.export.portable import to_tuples
 FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph")
 STEPS = ("prefill", "decode")
 TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative L2 error of logits that rounding explains: not in the logits themselves, where float32 loses 1e-6, but in the
-scores of indexers, which then select another key in a few rows of a hundred (1e-3 with three of them)."""
+"""Relative L2 error of logits that rounding explains: not in the logits themselves, where float32 loses 1e-6, but in
+the scores of indexers, which then select another key in a few rows of a hundred (1e-3 with three indexers)."""
 
 Logits = Callable[[], Tensor]
 
