@@ -42,12 +42,13 @@ from harness import (
     versions,
     write_report,
 )
-from machine import DTYPES, describe, describe_machine
+from machine import describe, describe_machine
+from model_options import add_model_options, make_model
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from hybrid_flex import HybridConfig, HybridLanguageModel, export
+from hybrid_flex import HybridLanguageModel, export
 from hybrid_flex.export.portable import to_tuples
 
 FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph")
@@ -239,20 +240,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="besides eager; default: all")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="default: both")
-    parser.add_argument("--pattern", default="KKKS", help="layers, see HybridConfig (default: %(default)s)")
-    parser.add_argument("--num-layers", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--hidden-size", type=int, default=768, help="model width (default: %(default)s)")
-    parser.add_argument("--num-heads", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="default: %(default)s")
-    parser.add_argument("--topk", type=int, default=256, help="keys that a query selects (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompt (default: %(default)s)")
+    model_size = {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 8192, "topk": 256}
+    add_model_options(parser, **model_size, length=2048)
     parser.add_argument("--room", type=int, default=2048, help="tokens that may follow it (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: float32, bfloat16 on a GPU")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=int, default=None, help="of torch on a CPU; 1 where others use the cores too")
     parser.add_argument("--seconds", type=float, default=5.0, help="to spend per time, at least (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables (default: profiles/results)")
     options = parser.parse_args()
     options.forms = ["eager", *(form for form in FORMS[1:] if form in options.forms)]
@@ -262,37 +253,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     begin = time.perf_counter()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    torch.manual_seed(options.seed)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    config = HybridConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        pattern=options.pattern,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        topk=options.topk,
-    )
-    model = HybridLanguageModel(config).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model, shape = make_model(options)
+    model = model.eval().requires_grad_(False)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "profiles/export.py", *arguments_without_out()]),
-        "machine": describe_machine(device),
+        "machine": describe_machine(model.embedding.weight.device),
         "versions": versions(),
-        "model": {
-            "pattern": config.letters,
-            "hidden": config.hidden_size,
-            "heads": config.num_heads,
-            "vocabulary": config.vocab_size,
-            "topk": config.topk,
-            "parameters": sum(weight.numel() for weight in model.parameters()),
-            "parameter_bytes": sum(weight.numel() * weight.element_size() for weight in model.parameters()),
-            "length": options.length,
-            "batch": options.batch_size,
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        "model": shape,
     }
     with tqdm(total=len(options.steps) * (len(options.forms) + 1), file=sys.stderr) as bar:
 

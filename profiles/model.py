@@ -40,11 +40,12 @@ from harness import (
     versions,
     write_report,
 )
-from machine import DTYPES, describe, describe_machine, peak_bytes, with_cpu_seconds
+from machine import describe, describe_machine, peak_bytes, with_cpu_seconds
+from model_options import add_model_options, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from hybrid_flex import HybridConfig, HybridLanguageModel, profiling
+from hybrid_flex import HybridLanguageModel, profiling
 
 PHASES = ("prefill", "train", "decode")
 RUNS = Path(__file__).parent / "runs"
@@ -172,20 +173,9 @@ def markdown(result: dict[str, Any], reports: dict[str, profiling.Report]) -> st
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="default: all")
-    parser.add_argument("--pattern", default="KKKS", help="layers, see HybridConfig (default: %(default)s)")
-    parser.add_argument("--num-layers", type=int, default=None, help="default: one round of the pattern")
-    parser.add_argument("--hidden-size", type=int, default=256, help="model width (default: %(default)s)")
-    parser.add_argument("--num-heads", type=int, default=4, help="default: %(default)s")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="default: %(default)s")
-    parser.add_argument("--topk", type=int, default=64, help="keys that a query selects (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences (default: %(default)s)")
+    add_model_options(parser, hidden_size=256, num_heads=4, vocab_size=4096, topk=64, length=512)
     parser.add_argument("--decode-steps", type=int, default=8, help="tokens traced (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="default: float32, bfloat16 on a GPU")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
-    parser.add_argument("--threads", type=int, default=None, help="of torch on a CPU; 1 where others use the cores too")
     parser.add_argument("--seconds", type=float, default=2.0, help="to spend per time, at least (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=RUNS, help="TensorBoard's folder (default: profiles/runs)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables (default: profiles/results)")
     return parser.parse_args()
@@ -194,31 +184,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     begin = time.perf_counter()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    torch.manual_seed(options.seed)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    config = HybridConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        pattern=options.pattern,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        topk=options.topk,
-    )
-    model = HybridLanguageModel(config).to(device=device, dtype=DTYPES[dtype])
-    shape = {
-        "pattern": config.letters,
-        "hidden": config.hidden_size,
-        "heads": config.num_heads,
-        "vocabulary": config.vocab_size,
-        "topk": config.topk,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        "length": options.length,
-        "batch": options.batch_size,
-        "dtype": dtype,
-    }
+    model, shape = make_model(options)
+    device = model.embedding.weight.device
     plan = Plan(min_rounds=5, min_seconds=options.seconds, max_seconds=4 * options.seconds, warm_up_rounds=1)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
