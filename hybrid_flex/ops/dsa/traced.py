@@ -10,6 +10,7 @@ steps of one ``scan`` node, all of one shape, and nothing is read: sizes stay op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def traced_topk(
         first = torch.zeros_like(last)
     dtype = accumulate_dtype(q_idx)
     # As many columns as slots at least; what is added is visible to nobody.
-    keys = torch.nn.functional.pad(keys.to(dtype), (0, 0, 0, torch.sym_max(topk - num_keys, 0)))
+    more: Any = torch.sym_max(topk - num_keys, 0)
+    keys = torch.nn.functional.pad(keys.to(dtype), (0, 0, 0, more))
 
     def step(q: Tensor, w: Tensor, first: Tensor, last: Tensor, keys: Tensor) -> tuple[Tensor]:
         products = torch.bmm(q.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, (-1, num_heads))
