@@ -124,7 +124,11 @@ def test_twenty_steps_from_a_prompt_equal_eager_steps(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["kda", "gqa-rope-kpool4", "mla", "dense-gqa-rope", "parallel", "model-KSRD-kpool4"])
+@pytest.mark.parametrize(
+    "name",
+    ["mla", "model-KSRD-kpool4"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("kda", "gqa-rope-kpool4", "dense-gqa-rope", "parallel")],
+)
 def test_a_strict_program_does_the_same(name: str) -> None:
     model = build(name)
     step = export_decode(model, max_length=LENGTH, strict=True).module()

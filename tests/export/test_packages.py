@@ -14,6 +14,9 @@ from torch import Tensor
 from hybrid_flex.export import Package, export_prefill, load_package, package, save
 from hybrid_flex.models import HybridConfig, HybridLanguageModel
 
+# One worker compiles the package that these tests share.
+pytestmark = pytest.mark.xdist_group("package")
+
 MAX_LENGTH = 160
 # Around chunks and blocks of 64, where the code that was compiled pads.
 SIZES = [(1, 1), (2, 63), (1, 64), (3, 65), (2, 131), (1, MAX_LENGTH)]
