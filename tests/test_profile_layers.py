@@ -38,12 +38,18 @@ def profile(bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, folder: Pat
     return json.loads(path.read_text())
 
 
-def test_every_layer_forward_and_train(
-    bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("chosen", [("causal", "gqa"), pytest.param((), marks=pytest.mark.slow)], ids=["two", "all"])
+def test_layers_forward_and_train(
+    chosen: tuple[str, ...],
+    bench: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = profile(bench, monkeypatch, tmp_path)
+    report = profile(bench, monkeypatch, tmp_path, *(("--layers", *chosen) if chosen else ()))
     rows = {(row["layer"], row["pass"]): row["contenders"]["eager"] for row in report["rows"]}
-    assert set(rows) == {(name, which) for name in bench.layers.LAYERS for which in bench.layers.PASSES}
+    names = chosen or tuple(bench.layers.LAYERS)
+    assert set(rows) == {(name, which) for name in names for which in bench.layers.PASSES}
     for (name, which), own in rows.items():
         assert own["passed"] and 0 < own["p20_ms"] <= own["median_ms"] <= own["p80_ms"], (name, own)
         assert set(own["errors"]) == ({"y"} if which == "forward" else {"y", "dx"})
@@ -55,7 +61,7 @@ def test_every_layer_forward_and_train(
     assert rows["causal", "forward"]["flop"] == 2 * 24 * 32 * (32 + 16 + 16 + 32) + 2 * 2 * 24 * 24 * (16 + 16)
     printed = capsys.readouterr().out
     assert next(tmp_path.glob("*.md")).read_text() in printed
-    assert "| KimiDeltaAttention | 24 | forward | eager |" in printed and "load of the machine" in printed
+    assert "| CausalAttention | 24 | forward | eager |" in printed and "load of the machine" in printed
     assert report["machine"]["threads"] == 1 and report["command"].startswith("python profiles/layers.py --device cpu")
 
 

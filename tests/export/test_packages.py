@@ -38,9 +38,9 @@ def ids_of(batch_size: int, length: int) -> Tensor:
     return (torch.arange(batch_size * length) * 7 % 50).view(batch_size, length)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a module's tests need not run in a row
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridLanguageModel, Path]:
-    """Compile one package, which takes most of a minute, for all tests of this module."""
+    """Compile one package, which takes most of a minute, for all tests."""
     model = language_model()
     path = tmp_path_factory.mktemp("package") / "new folder" / "model.pt2"
     assert package(model, path, "cpu", max_length=MAX_LENGTH, max_batch_size=4) == path
