@@ -14,9 +14,6 @@ from torch import Tensor
 from hybrid_flex.export import Package, export_prefill, load_package, package, save
 from hybrid_flex.models import HybridConfig, HybridLanguageModel
 
-# One worker compiles the package that these tests share.
-pytestmark = pytest.mark.xdist_group("package")
-
 MAX_LENGTH = 160
 # Around chunks and blocks of 64, where the code that was compiled pads.
 SIZES = [(1, 1), (2, 63), (1, 64), (3, 65), (2, 131), (1, MAX_LENGTH)]
@@ -40,7 +37,7 @@ def ids_of(batch_size: int, length: int) -> Tensor:
 
 @pytest.fixture(scope="session")  # a module's tests need not run in a row
 def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridLanguageModel, Path]:
-    """Compile one package, which takes most of a minute, for all tests."""
+    """Compile one package, which takes most of a minute, for all tests of a worker."""
     model = language_model()
     path = tmp_path_factory.mktemp("package") / "new folder" / "model.pt2"
     assert package(model, path, "cpu", max_length=MAX_LENGTH, max_batch_size=4) == path
