@@ -89,7 +89,12 @@ def test_shares_of_a_search_make_up_the_whole(kda: Any, monkeypatch: pytest.Monk
     assert sorted(found) == list(range(7))
 
 
-@pytest.mark.parametrize("lost", ["q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state"])
+OTHERS = ("k", "v", "beta", "A_log", "dt_bias")  # go the way of q and of g
+
+
+@pytest.mark.parametrize(
+    "lost", ["q", "g", "initial_state", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
 def test_every_gradient_is_judged(kda: Any, lost: str) -> None:
     def forgetful(**arguments: Any) -> Any:
         x = arguments[lost]
