@@ -65,7 +65,7 @@ def package(
     Raises:
         TypeError: ``model`` is no `HybridLanguageModel`.
         ValueError: ``device`` is not the model's, the name does not end in ``.pt2``, or a size is not positive.
-        RuntimeError: the C++ compiler fails, or there is none; or torch cannot compile the loops: 2.13 can, 2.11 cannot.
+        RuntimeError: there is no C++ compiler, it fails, or torch cannot compile the loops: 2.13 can, 2.11 cannot.
 
     Device:
         CPU, for machines with the same vector instructions; CUDA, where the kernels of Kimi Delta Attention, of the
