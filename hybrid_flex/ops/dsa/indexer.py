@@ -87,6 +87,12 @@ def visible_ranges(
     return first, last
 
 
+def cached_ranges(lengths: Tensor, num_queries: int, num_keys: int, kpool: int) -> tuple[Tensor, Tensor]:
+    """Give the last queries of caches that hold ``lengths [...]`` tokens their visible keys: two int64 ``[..., T]``."""
+    seen = lengths.long()[..., None] - num_queries + 1 + torch.arange(num_queries, device=lengths.device)
+    return torch.zeros_like(seen), (seen.clamp_min(0) // kpool).clamp_max(num_keys)
+
+
 def block_range(first: Tensor, last: Tensor, upper: int) -> tuple[int, int]:
     """Bound the keys a block of queries can see; exact on CPU, ``[0, upper)`` on a GPU, where reading would wait."""
     if first.device.type != "cpu":
@@ -99,7 +105,7 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
     """Select per row the ``topk`` largest scores of columns ``first <= s < last``; among equals the lower column.
 
     Args:
-        scores: ``[b, L]``; overwritten with -inf outside the range.
+        scores: ``[b, L]``; may be overwritten with -inf outside the range.
         first: int64 ``[b]``.
         last: int64 ``[b]``.
         topk: number of columns to keep.
@@ -108,14 +114,14 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
         int64 ``[b, min(topk, L)]``: columns, ascending, ``L`` in unused slots at the end.
     """
     width = scores.shape[1]
-    first, last = first[:, None], last[:, None]
     column = torch.arange(width, device=scores.device)
     if topk >= width:
-        return torch.where((column >= first) & (column < last), column, width).sort(dim=-1).values
-    on_cpu = scores.device.type == "cpu"
-    # On a CPU only the ragged borders are masked: most columns are visible to every row of the block.
-    borders = (slice(0, int(first.max())), slice(int(last.min()), width)) if on_cpu else (slice(0, width),)
-    for border in borders:
+        return _lowest((column >= first[:, None]) & (column < last[:, None]), topk)
+    if scores.device.type != "cpu":
+        return _lowest(mark_topk(scores, first, last, topk), topk)
+    first, last = first[:, None], last[:, None]
+    # Only the ragged borders are masked: most columns are visible to every row of the block.
+    for border in (slice(0, int(first.max())), slice(int(last.min()), width)):
         inside = (column[border] >= first) & (column[border] < last)
         scores[:, border].masked_fill_(~inside, float("-inf"))
     threshold = scores.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -123,10 +129,7 @@ def select_topk(scores: Tensor, first: Tensor, last: Tensor, topk: int) -> Tenso
     # torch.topk promises no order among equals: where more columns reach the threshold than there are slots, take all
     # above it and fill up with the lowest columns that equal it.  Rows that see too few columns have a threshold of
     # -inf.
-    count = keep.sum(-1)
-    if not on_cpu:
-        return _lowest(_fill(scores, threshold, first, last, topk), topk)
-    rows = (count != topk).nonzero()[:, 0]
+    rows = (keep.sum(-1) != topk).nonzero()[:, 0]
     if rows.numel() > 0:
         exact = _fill(scores[rows], threshold[rows], first[rows], last[rows], topk)
         keep[rows] = exact
@@ -204,8 +207,7 @@ def _lightning_topk(
     for b in range(batch_size):
         keys = (k_idx[b] if block_table is None else k_idx[block_table[b].clamp_min(0).long()].flatten(0, 1)).to(dtype)
         if lengths is not None:
-            seen = lengths[b].long() - num_queries + 1 + torch.arange(num_queries, device=q_idx.device)
-            ranges = torch.zeros_like(seen), (seen.clamp_min(0) // kpool).clamp_max(num_keys)
+            ranges = cached_ranges(lengths[b], num_queries, num_keys, kpool)
         for start in range(0, num_queries, block):
             stop = min(start + block, num_queries)
             first, last = (x[start:stop] for x in ranges)

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import in_its_own_precision, plain_form
-from hybrid_flex.ops.dsa.indexer import accumulate_dtype, mark_topk, visible_ranges
+from hybrid_flex.ops.dsa.indexer import accumulate_dtype, cached_ranges, mark_topk, visible_ranges
 from hybrid_flex.ops.dsa.quantize import rounded
 
 # NOTE [Blocks of a scan]: rows of products (queries times indexer heads) that one step scores, bytes of keys and values
@@ -32,7 +32,6 @@ MOST_QUERIES = 64
 # with fetched rows: DENSE_KEYS * J * Hkv / H, where that is known of a length when it is traced.  On a CPU a fetched
 # row of keys and values costs as much as the products of H / Hkv heads with 90 keys that lie in order.
 DENSE_KEYS = 90
-
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -97,13 +96,11 @@ def traced_topk(
     keys = k_idx if block_table is None else k_idx[block_table.clamp_min(0).long()].flatten(1, 2)
     if fp8:
         q_idx, keys = rounded(q_idx), rounded(keys)
-    num_keys, device = keys.shape[1], q_idx.device
+    num_keys = keys.shape[1]
     if lengths is None:
-        first, last = visible_ranges(num_queries, num_keys, causal, query_start, cu_seqlens, kpool, device)
+        first, last = visible_ranges(num_queries, num_keys, causal, query_start, cu_seqlens, kpool, q_idx.device)
     else:
-        seen = lengths.long()[:, None] - num_queries + 1 + torch.arange(num_queries, device=device)
-        last = (seen.clamp_min(0) // kpool).clamp_max(num_keys)
-        first = torch.zeros_like(last)
+        first, last = cached_ranges(lengths, num_queries, num_keys, kpool)
     dtype = accumulate_dtype(q_idx)
     # As many columns as slots at least; what is added is visible to nobody.
     more: Any = torch.sym_max(topk - num_keys, 0)
