@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check, check_device, check_dtype, check_shape
-from hybrid_flex.export.decode import empty_states, export_decode
+from hybrid_flex.export.decode import export_decode
 from hybrid_flex.export.portable import decomposed, operators_of, portable, with_plain_states
-from hybrid_flex.export.programs import SUFFIX, check_whole, export_prefill
+from hybrid_flex.export.programs import check_whole, export_prefill, traced_inputs, whole_file
 from hybrid_flex.models import HybridLanguageModel, sampling
 
 STEPS = ("prefill", "decode")
@@ -81,37 +79,28 @@ def package(
     op = "package"
     if not isinstance(model, HybridLanguageModel):
         raise TypeError(f"{op}: model must be a HybridLanguageModel, got {type(model).__name__}")
-    path = Path(path)
-    check(path.suffix == SUFFIX, op, "path", f"end in {SUFFIX}", path)
     own = next(model.parameters()).device
     device = own if device is None else torch.device(device)
     same = device.type == own.type and device.index in (None, own.index)
     check(same, op, "device", f"be {own.type}, where the model is", device)
-    programs = {
-        "prefill": export_prefill(model, max_length=max_length, max_batch_size=max_batch_size),
-        "decode": export_decode(model, max_length=max_length, max_batch_size=max_batch_size),
-    }
-    about = {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "device": device.type,
-        "max_length": max_length,
-        "max_batch_size": max_batch_size,
-        "vocab_size": model.config.vocab_size,
-        "num_states": len(pytree.tree_leaves(empty_states(model, 1, max_length))),
-    }
     from torch._inductor.package import package_aoti
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as beside:
-        files: dict[str, Any] = {
-            name: _compiled(program, device.type, {**about, "step": name}) for name, program in programs.items()
+    with whole_file(op, path) as written:
+        programs = {
+            "prefill": export_prefill(model, max_length=max_length, max_batch_size=max_batch_size),
+            "decode": export_decode(model, max_length=max_length, max_batch_size=max_batch_size),
         }
-        # The same name, because the archive carries it inside.
-        written = Path(beside) / path.name
+        about = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "device": device.type,
+            "max_length": max_length,
+            "max_batch_size": max_batch_size,
+            "num_states": len(traced_inputs(programs["decode"])) - 1,
+        }
+        files: dict[str, Any] = {name: _compiled(program, device.type, about) for name, program in programs.items()}
         package_aoti(str(written), files)
-        os.replace(written, path)
-    return path
+    return Path(path)
 
 
 def _compiled(program: ExportedProgram, device: str, about: dict[str, Any]) -> list[str]:
@@ -150,11 +139,11 @@ class Package:
     """
 
     def __init__(self, path: Path, about: dict[str, str]) -> None:
+        from torch._inductor.package import load_package as load_step
+
         self.device = about["device"]
         self.max_length = int(about["max_length"])
         self.max_batch_size = None if about["max_batch_size"] == "None" else int(about["max_batch_size"])
-        from torch._inductor.package import load_package as load_step
-
         self.num_states = int(about["num_states"])
         self._prefill, self._decode = (load_step(str(path), name) for name in STEPS)
 
@@ -235,8 +224,6 @@ def load_package(path: str | os.PathLike[str]) -> Package:
     """
     op = "load_package"
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{op}: path must name an existing file, got {path}")
     check_whole(op, path, "package")
     about = _read_metadata(path)
     whole = set(about) == set(STEPS) and all(part.get(_PREFIX + "format") == FORMAT for part in about.values())

@@ -17,6 +17,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check
+from hybrid_flex.export.programs import check_program, traced_inputs
 from hybrid_flex.ops.dispatch import PLAIN_FORMS, without_kernels
 
 NAMESPACE = "hybrid_flex::"
@@ -57,8 +58,7 @@ def portable(program: ExportedProgram, *, flat: bool = False) -> ExportedProgram
         >>> y.shape, S.shape
         (torch.Size([3, 20, 32]), torch.Size([3, 2, 16, 16]))
     """
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(f"portable: program must be a torch.export.ExportedProgram, got {type(program).__name__}")
+    check_program("portable", program)
     missing = sorted(operators_of(program) - PLAIN_FORMS.keys())
     rule = "hold operators that have a plain form"
     check(not missing, "portable", "program", rule, ", ".join(NAMESPACE + name for name in missing))
@@ -89,29 +89,15 @@ def with_plain_states(program: ExportedProgram, *, flat: bool = False) -> Export
 
     Each is the tuple of its tensors instead, or with ``flat`` their tensors are inputs and outputs themselves.
     """
-    arguments = _example(program)
     model = program.module(check_guards=False)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             # A scan that runs where a gradient is wanted would trace its backward, and the loops here have none.
             setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=False))
-    example, sizes = _uneven_example(program, arguments, flat)
+    arguments, sizes = _uneven_example(program, flat)
+    example = tuple(pytree.tree_leaves(arguments)) if flat else to_tuples(arguments)
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(_PlainStates(model, arguments, flat), example, dynamic_shapes=sizes)
-
-
-def _example(program: ExportedProgram) -> tuple[Any, ...]:
-    """Return inputs of the kind that a program was traced with; the file of a decoding program holds none."""
-    if program.example_inputs is None:
-        traced = [tensor.meta["val"] for tensor in program.graph.find_nodes(op="placeholder")]
-        inputs = traced[len(traced) - len(program.graph_signature.user_inputs) :]
-        leaves = [
-            torch.zeros([n if isinstance(n, int) else 2 for n in x.shape], dtype=x.dtype, device=x.device)
-            for x in inputs
-        ]
-        program.example_inputs = (pytree.tree_unflatten(leaves, program.call_spec.in_spec)[0], {})
-    arguments: tuple[Any, ...] = program.example_inputs[0]
-    return arguments
 
 
 class _PlainStates(nn.Module):
@@ -136,21 +122,23 @@ def to_tuples(x: Any) -> Any:
     return tuple(map(to_tuples, x)) if isinstance(x, (tuple, list)) else x
 
 
-def _uneven_example(program: ExportedProgram, arguments: tuple[Any, ...], flat: bool) -> tuple[tuple[Any, ...], Any]:
-    """Make inputs to trace a program with, states as tuples, and say which of their sizes are open and how far.
+def _uneven_example(program: ExportedProgram, flat: bool) -> tuple[tuple[Any, ...], Any]:
+    """Make inputs to trace a program with, and say which of their sizes are open and how far.
 
     NOTE [Uneven sizes]
     Open sizes get odd numbers here, no multiple of a chunk or block.  Whatever still looks at the example then takes
     the general way: AOTInductor, shown 128 tokens, leaves out the padding to whole chunks of 64, and its package reads
     wild memory at T = 65.
     """
-    traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    leaves, form = pytree.tree_flatten(tuple(pytree.tree_leaves(arguments)) if flat else to_tuples(arguments))
-    opened = [_uneven(program, traced[name].shape) for name in program.graph_signature.user_inputs]
-    example = [leaf.new_zeros(sizes) for leaf, (sizes, _) in zip(leaves, opened, strict=True)]
-    first, *states = pytree.tree_unflatten([dims for _, dims in opened], form)
+    values = traced_inputs(program)
+    opened = [_uneven(program, value.shape) for value in values]
+    shapes = ((sizes, x) for x, (sizes, _) in zip(values, opened, strict=True))
+    leaves = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for sizes, x in shapes]
+    arguments: tuple[Any, ...] = pytree.tree_unflatten(leaves, program.call_spec.in_spec)[0]
+    form = tuple(leaves) if flat else to_tuples(arguments)
+    first, *states = pytree.tree_unflatten([dims for _, dims in opened], pytree.tree_structure(form))
     # as `_PlainStates.forward` binds them
-    return pytree.tree_unflatten(example, form), (first, tuple(states)) if states else (first,)
+    return arguments, (first, tuple(states)) if states else (first,)
 
 
 def _uneven(program: ExportedProgram, shape: torch.Size) -> tuple[list[int], dict[int, Any]]:

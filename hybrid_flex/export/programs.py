@@ -7,8 +7,8 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,34 @@ def save(program: ExportedProgram, path: str | os.PathLike[str]) -> None:
         ...     load(f"{folder}/linear.pt2").module()(torch.randn(3, 4)).shape
         torch.Size([3, 2])
     """
+    check_program("save", program)
+    with whole_file("save", path) as written:
+        torch.export.save(_without_states(program), written)
+
+
+def check_program(op: str, program: object) -> None:
+    """Raise TypeError unless ``program`` is an exported program."""
     if not isinstance(program, ExportedProgram):
-        raise TypeError(f"save: program must be a torch.export.ExportedProgram, got {type(program).__name__}")
+        raise TypeError(f"{op}: program must be a torch.export.ExportedProgram, got {type(program).__name__}")
+
+
+@contextmanager
+def whole_file(op: str, path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Lend a place to write an archive to, which becomes ``path`` when the body has ended, or never."""
     path = Path(path)
-    check(path.suffix == SUFFIX, "save", "path", f"end in {SUFFIX}", path)
+    check(path.suffix == SUFFIX, op, "path", f"end in {SUFFIX}", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}.", dir=path.parent) as beside:
         # The same name, because the archive carries it inside.
         written = Path(beside) / path.name
-        torch.export.save(_without_states(program), written)
+        yield written
         os.replace(written, path)
+
+
+def traced_inputs(program: ExportedProgram) -> list[Any]:
+    """List what stands in a program's graph for the tensors that are its inputs, in order."""
+    traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    return [traced.get(name) for name in program.graph_signature.user_inputs]
 
 
 def _without_states(program: ExportedProgram) -> ExportedProgram:
@@ -237,8 +255,6 @@ def load(path: str | os.PathLike[str]) -> ExportedProgram:
         See `save`.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"load: path must name an existing file, got {path}")
     _check_archive(path)
     try:
         return torch.export.load(path)
@@ -268,7 +284,9 @@ def _check_archive(path: Path) -> None:
 
 
 def check_whole(op: str, path: Path, what: str) -> None:
-    """Raise ValueError unless ``path`` is an archive whose members are all as they were written."""
+    """Raise unless ``path`` is an archive whose members are all as they were written: FileNotFoundError, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{op}: path must name an existing file, got {path}")
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_END) - 18))
         # Not zipfile.is_zipfile: in a truncated file it finds the end of an archive that is stored inside.

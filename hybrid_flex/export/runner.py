@@ -9,6 +9,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from hybrid_flex.checks import check, check_device, check_dtype
+from hybrid_flex.export.programs import check_program, traced_inputs
 
 _OP = "program"
 
@@ -45,8 +46,7 @@ def runner(program: ExportedProgram) -> nn.Module:
         Traceback (most recent call last):
         ValueError: program: x must have at most 64 in dimension 1, got shape (3, 65, 32)
     """
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(f"runner: program must be a torch.export.ExportedProgram, got {type(program).__name__}")
+    check_program("runner", program)
     accepted = _Accepted(program)
 
     def check_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,9 +62,8 @@ class _Accepted:
     """What a program accepts: the form of its inputs and, for each tensor, what stood there when it was traced."""
 
     def __init__(self, program: ExportedProgram) -> None:
-        traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         self.form = program.call_spec.in_spec
-        self.examples = [traced.get(name) for name in program.graph_signature.user_inputs]
+        self.examples = traced_inputs(program)
         self.bounds = {str(symbol): (bound.lower, bound.upper) for symbol, bound in program.range_constraints.items()}
         signature = program.module_call_graph[0].signature
         self.names = list(getattr(signature, "forward_arg_names", None) or [])
