@@ -11,8 +11,8 @@ Inputs are bfloat16, standard normal, batch 1, made on the device.  A row's name
           backward, here and below.
   block_flex  FlexAttention over 16 blocks of 128 keys per block of queries, block_topk_mask inside the time; afterwards
           100 other masks, whose recompilations are counted.
-  union_flex  FlexAttention over the exact mask of 2048 independently drawn keys per query, topk_block_mask inside the
-          time; beside it sparse_attention, auto, on the same selection.
+  forms   sparse_attention over 2048 independently drawn past keys per query: as it chooses (auto), in the gather and
+          the masked form, and, at T = 4096, FlexAttention over their exact mask, topk_block_mask inside the time.
   density  share of blocks that such a mask touches, by how far neighbouring queries and keys agree; not timed.
   loss    indexer_kl_loss and its gradients, over the selection or, `dense`, over all visible keys.
   decode  one token on a cache of S: selection and attention against attention to all of it; `_graph` rows replay a
@@ -54,11 +54,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dsa_flex import BlockWork, DenseWork, DensityWork, UnionWork
+from dsa_flex import BlockWork, DenseWork, DensityWork, FormsWork
 from dsa_gates import BOUNDS
 from dsa_layers import LayerWork
 from dsa_report import cells, main_table, markdown
-from dsa_rows import OURS, ROWS, BlockRow, DecodeRow, DenseRow, DensityRow, LayerRow, Row, UnionRow
+from dsa_rows import OURS, ROWS, BlockRow, DecodeRow, DenseRow, DensityRow, FormsRow, LayerRow, Row
 from dsa_work import WORKS, Call, Contender, Tensors, Work
 from harness import (
     RESULTS,
@@ -83,7 +83,7 @@ from harness import (
 MAKERS: dict[type[Row], Callable[..., Work]] = WORKS | {
     DenseRow: DenseWork,
     BlockRow: BlockWork,
-    UnionRow: UnionWork,
+    FormsRow: FormsWork,
     DensityRow: DensityWork,
     LayerRow: LayerWork,
 }

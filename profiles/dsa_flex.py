@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from dsa_gates import BOUNDS, Errors, judge_attention
-from dsa_rows import FLEX, GATHER, OURS, SDPA, BlockRow, DenseRow, DensityRow, UnionRow
+from dsa_rows import FLEX, GATHER, MASKED, OURS, SDPA, BlockRow, DenseRow, DensityRow, FormsRow
 from dsa_work import Call, Contender, Tensors, Work, causal_indices, leaves, used_keys
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -196,40 +196,40 @@ def enumerate_lists(tensors: tuple[Tensor | None, ...]) -> list[tuple[str, Tenso
     return [(f"list {i}", x) for i, x in enumerate(tensors) if x is not None]
 
 
-class UnionWork(HeadMajorWork):
-    def __init__(self, row: UnionRow, device: torch.device, seed: int) -> None:
+class FormsWork(HeadMajorWork):
+    def __init__(self, row: FormsRow, device: torch.device, seed: int) -> None:
         super().__init__(row, device, seed)
         self.x["indices"] = causal_indices(row.T, row.topk, self.generator)
 
-    def contenders(self, row: UnionRow) -> dict[str, Contender]:
+    def contenders(self, row: FormsRow) -> dict[str, Contender]:
         torch._dynamo.reset()  # NOTE [One graph per row]
         indices = self.x["indices"]
 
-        def prepare() -> Call:
+        def prepare_flex() -> Call:
             def attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> Tensor:
                 return flex(q, k, v, topk_block_mask(indices, row.T))
 
             once = compiled(attend, row.backward, self.device)
             return lambda: self.run(lambda q, k, v: once(q, k, v, indices), row.backward)
 
-        def prepare_mask() -> Call:
-            build = compiled(lambda indices: lists_of(topk_block_mask(indices, row.T)), False, self.device)
-            return lambda: dict(enumerate_lists(build(indices)))
+        def by(backend: str) -> Callable[[], Call]:
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+                return sparse_attention(q, k, v, indices, backend=backend)[0].transpose(1, 2)
 
-        def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            o, _ = sparse_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), indices)
-            return o.transpose(1, 2)
+            return lambda: lambda: self.run(attend, row.backward)
 
         def judge(found: Tensors) -> Errors:
             return self.judge(found, used_keys(indices))
 
         flops = self.flops(float((indices >= 0).sum()), row)
-        return {
-            OURS: Contender(prepare, judge, "ours", flops),
-            "mask": Contender(prepare_mask, lambda found: {}, "part"),
-            SDPA: self.dense(row),
-            GATHER: Contender(lambda: lambda: self.run(gather, row.backward), judge, flops=flops),
-        }
+        forms = {OURS: Contender(by("auto"), judge, "ours", flops), SDPA: self.dense(row)}
+        forms |= {GATHER: Contender(by("gather"), judge, flops=flops)}
+        if self.device.type == "cuda":
+            forms |= {MASKED: Contender(by("masked"), judge, flops=flops)}
+        if row.flex:
+            forms |= {FLEX: Contender(prepare_flex, judge, flops=flops)}
+        return forms
 
 
 class DensityWork(Work):

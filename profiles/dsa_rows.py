@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 OURS = "hybrid_flex"
-SDPA, FLEX, EAGER, GATHER = "cuDNN SDPA", "FlexAttention", "eager einsum + topk", "sparse_attention"
+SDPA, FLEX, EAGER = "cuDNN SDPA", "FlexAttention", "eager einsum + topk"
+GATHER, MASKED = "gather form", "masked form"
 DENSE_LAYER, DENSE_DECODE = "dense layer", "dense decode"
 
 
@@ -113,8 +114,8 @@ class BlockRow(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnionRow(Row):
-    """FlexAttention over the exact mask of a token-level selection, causal."""
+class FormsRow(Row):
+    """The forms of sparse_attention on one selection, causal."""
 
     T: int
     H: int = 32
@@ -122,6 +123,8 @@ class UnionRow(Row):
     D: int = 128
     topk: int = 2048
     backward: bool = False
+    flex: bool = True
+    """Whether FlexAttention runs; where it is known to be slower by far it would only take time."""
 
     def quick_sizes(self) -> dict[str, Any]:
         return {"T": self.T // 32, "H": 4, "kv_heads": 2, "D": 16, "topk": 32}
@@ -269,6 +272,12 @@ def decode_rows() -> list[Row]:
 
 
 # Rows that use the same inputs stand together.
+# Heads, key heads, tokens, FlexAttention too: on both sides of where forms change places.
+FORMS = (
+    *((32, 8, T, T == 4096) for T in (4096, 8192, 16384, 32768, 65536)),
+    *((16, 2, T, False) for T in (8192, 32768)),
+)
+
 ROWS: tuple[Row, ...] = (
     SelectRow(name="select_t8192_h64_d128_k2048", T=8192),
     SelectRow(name="select_t32768_h64_d128_k2048", T=32768, target_ms=22.0, target_workspace_mib=512.0),
@@ -282,8 +291,9 @@ ROWS: tuple[Row, ...] = (
     BlockRow(name="block_flex_fwd_t32768_16x128", T=32768, target_ms=2.95, target_mask_share=0.1),
     BlockRow(name="block_flex_train_t32768_16x128", T=32768, backward=True, target_ms=10.97, target_mask_share=0.1),
     *(
-        UnionRow(name=f"union_flex_{way}_t{T}_h32_kv8_d128_k2048", T=T, backward=way == "train")
-        for T in (4096, 8192)
+        FormsRow(name=f"forms_{way}_t{T}_h{H}_kv{kv_heads}_d128_k2048", **sizes, backward=way == "train")
+        for H, kv_heads, T, flex in FORMS
+        for sizes in [{"T": T, "H": H, "kv_heads": kv_heads, "flex": flex}]
         for way in ("fwd", "train")
     ),
     DensityRow(name="density_t8192_k2048", T=8192),

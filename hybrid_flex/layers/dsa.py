@@ -36,7 +36,7 @@ class DeepSeekSparseAttention(SparseLayer):
         index_rope_dim: rotated channels of the indexer; ``min(rope_dim, index_head_dim)`` by default.
         index_rope_layout: `RopeLayout` of the indexer, which need not be that of q and k.
         share_indices: True for a layer without an indexer, which attends to the ``indices`` it is given.
-        backend: of `sparse_attention`: "auto", "gather", "flex" or "reference".
+        backend: of `sparse_attention`: "auto", "gather", "masked", "flex" or "reference".
 
     Raises:
         ValueError: a count or width is not positive, Hkv does not divide H, ``topk`` is no multiple of ``index_kpool``.

@@ -49,7 +49,7 @@ class DeepSeekSparseMLA(SparseLayer):
         share_indices: True for a layer without an indexer, which attends to the ``indices`` it is given.
         form: "absorbed" or "expanded", for attention over a selection; dense attention (the warm-up stage, sequences of
             at most ``topk`` tokens) has its heads written out in either.
-        backend: of `sparse_attention`: "auto", "gather", "flex" or "reference".
+        backend: of `sparse_attention`: "auto", "gather", "masked", "flex" or "reference".
 
     Raises:
         ValueError: a count or width is not positive, an unknown form, ``topk`` no multiple of ``index_kpool``.

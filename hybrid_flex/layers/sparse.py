@@ -6,10 +6,10 @@ x -> indexer q, k, w -> lightning_topk -> indices -> sparse_attention -> the lay
 # NOTE [Short sequences]
 A query with at most topk visible tokens selects all of them, so a whole sequence of at most topk tokens is plain causal
 attention, and its selection is known without a score.  With ``backend="auto"`` it is computed so: two graphs of a
-compiled layer serve all lengths, one on either side of topk.  An exported program has only one, for any length, and
-always selects.  Dense attention has other costs than sparse attention: MLA attends to heads that it has written out,
-which are narrower than the latent (192 and 128 columns for 576 and 512 in DeepSeek-V3.2) and cost as much to make as
-absorbed queries and outputs do.
+compiled layer serve all lengths, one on either side of topk (more on CUDA, where `sparse_attention` changes its form).
+An exported program has only one, for any length, and always selects.  Dense attention has other costs than sparse
+attention: MLA attends to heads that it has written out, which are narrower than the latent (192 and 128 columns for 576
+and 512 in DeepSeek-V3.2) and cost as much to make as absorbed queries and outputs do.
 """
 
 from __future__ import annotations

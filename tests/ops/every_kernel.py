@@ -111,6 +111,12 @@ def sparse(device: str) -> None:
         indices = torch.rand(1, 3, 90, device=device).argsort(-1)[..., :70].sort(-1).values.int()
         o, lse = sparse_attention(q, k, None, indices, value_dim=min(D, 512))
         torch.autograd.grad(o.float().sum() + lse.sum(), (q, k))
+    for H, D in ((6, 128), (130, 40)):
+        shapes = ((1, 70, H, D), (1, 300, 2, D), (1, 300, 2, D))
+        x = [torch.randn(n, device=device, dtype=torch.bfloat16, requires_grad=True) for n in shapes]
+        indices = torch.rand(1, 70, 300, device=device).argsort(-1)[..., :40].int()
+        o, lse = torch.ops.hybrid_flex.sparse_attention_masked(*x, indices, 1.0)
+        torch.autograd.grad(o.float().sum() + lse.sum(), x)
     q, k = (torch.randn(1, 5, 2, 40, device=device, requires_grad=True) for _ in range(2))
     o, lse = sparse_attention(q, k, k.detach().clone(), torch.tensor([[[0, 3, -1]]], device=device).expand(1, 5, 3))
     torch.autograd.grad(o.sum() + lse.sum(), (q, k))

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 # What one block may use (CUDA programming guide, compute capabilities); what 8.0 runs, 8.6 and 8.9 run with less.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
-TYPES |= {torch.float8_e4m3fn: "fp8e4nv"}
+TYPES |= {torch.float8_e4m3fn: "fp8e4nv", torch.uint8: "u8"}
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
@@ -31,14 +31,14 @@ def launches(architecture: int) -> list[Launch]:
         from hybrid_flex.kernels import launch
 
         kda = ("chunk", "training", "recurrent", "short_conv", "gated_norm")
-        dsa = ("indexer", "attention", "indexer_loss")
+        dsa = ("indexer", "attention", "masked", "indexer_loss")
         for name in (*(f"kda.{name}" for name in kda), *(f"dsa.{name}" for name in dsa)):
             patch.setattr(importlib.import_module(f"hybrid_flex.ops.{name}"), "has_kernels", lambda x: True)
         chunk = importlib.import_module("hybrid_flex.kernels.kda.chunk")
         halves = lambda plan: chunk.cut(plan.chunks_per_sequence, 2 if plan.map is None else 1)  # noqa: E731
         patch.setattr(chunk, "_segments", halves)
         limits = lambda device: (SHARED_BYTES[architecture], architecture // 10)  # noqa: E731
-        for name in ("topk", "gather", "gather_backward", "loss"):
+        for name in ("topk", "gather", "gather_backward", "masked", "loss"):
             patch.setattr(importlib.import_module(f"hybrid_flex.kernels.dsa.{name}"), "device_limits", limits)
         every = [found for run in (chunked, others, sparse) for found in launch.compilations(lambda: run("cpu"))]  # noqa: B023
     for compilation in every:

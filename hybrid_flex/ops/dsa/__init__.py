@@ -1,6 +1,7 @@
 """DeepSeek Sparse Attention: lightning indexer, block masks, attention over a selection, indexer loss."""
 
 from hybrid_flex.ops.dsa import flex as _flex  # noqa: F401  (registers its operator)
+from hybrid_flex.ops.dsa import masked as _masked  # noqa: F401  (registers its operator)
 from hybrid_flex.ops.dsa import traced as _traced  # noqa: F401  (registers plain forms)
 from hybrid_flex.ops.dsa.attention import sparse_attention
 from hybrid_flex.ops.dsa.block_mask import block_topk_mask, topk_block_mask

@@ -1,20 +1,23 @@
 """Attention over a selection: every query attends the keys its row of ``indices`` names, and no others.
 
-    s_tj = scale q_t . k_{i_tj}        p_t = softmax_j(s_t)        lse_t = log sum_j exp s_tj
-    o_t  = sum_j p_tj v_{i_tj}
-
-and backward, with delta_t = do_t . o_t - dlse_t:
-
-    ds_tj = p_tj (do_t . v_{i_tj} - delta_t)        dq_t = scale sum_j ds_tj k_{i_tj}
-    dk_s  = scale sum_{t, j: i_tj = s} ds_tj q_t    dv_s = sum_{t, j: i_tj = s} p_tj do_t
+    o_t = sum_j softmax_j(scale q_t . k_{i_tj}) v_{i_tj}        lse_t = log sum_j exp(scale q_t . k_{i_tj})
 
 The gather form fetches the selected rows of k and v and forgets them: its workspace does not grow with T or S.  On CUDA
-it is Triton kernels (kernels/dsa/gather.py); on a CPU and in float64 it walks over blocks of queries.
+it is Triton kernels (kernels/dsa/gather.py), elsewhere and in float64 plain torch (gather.py).  The masked form
+(masked.py), on CUDA only, multiplies tiles of queries with all keys that any of them has selected; flex.py holds the
+form that goes through FlexAttention.
+
+# NOTE [Masked or gathered]
+A gathered row serves the heads on its key head only.  Where these are few, fetching bounds the gather form: 67 ps for a
+token, key and key head of 128 columns (H100), 360 ps backward.  The masked form fetches rows once for 128 queries and
+heads, and pays for the keys that a query sees and has not selected: with G heads on a key head 1.7 G and 4.5 G ps for a
+visible key.  Neighbours that select alike make it faster still; nobody knows that before.  So a key that is gathered
+is worth FORWARD / G visible keys, TRAINING / G where a backward follows.  Measured on an H100, bfloat16, independent
+selections, top-2048 (profiles/results/dsa_nvidia-h100-80gb-hbm3_20261123.md, rows forms_*): with 32 heads on 8 the
+masked form is the faster one up to T = 40,000, in training to 90,000; with 16 on 2 up to 15,000 and 32,000.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -30,231 +33,16 @@ from hybrid_flex.checks import (
     check_shape,
 )
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
-from hybrid_flex.ops.dsa.indexer import accumulate_dtype
+from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 from hybrid_flex.ops.dsa.reference import reference_attention
 
-# NOTE [Gather workspace]: bytes of fetched rows that one block of queries may hold.  4 MiB stay in the caches of a
-# core: at J = 256 and 576 float32 columns 8 queries cost 85 us each on one Zen 5 core, 16 queries 130 us, 32 queries
-# 160 us.  The buffer is made once: fresh memory of this size costs more in page faults than the fetch itself.
-WORKSPACE_BYTES = 4 * 2**20
-
-
-class _Rows:
-    """Rows of a cache ``[S, Hkv, D]`` as contiguous runs of memory, so that one fetch brings all heads.
-
-    ``table [S, span]`` is a view; head h of a fetched row lies at ``offset + h * head_stride``.
-    """
-
-    def __init__(self, table: Tensor, offset: int, head_stride: int, num_heads: int, width: int):
-        self.table, self.offset = table, offset
-        self.head_stride, self.num_heads, self.width = head_stride, num_heads, width
-        self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def _buffer(self, num_rows: int, dtype: torch.dtype) -> Tensor:
-        """Lend a buffer ``[num_rows, span]``; the next fetch overwrites it."""
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.shape[0] < num_rows:
-            buffer = self._buffers[dtype] = self.table.new_empty(num_rows, self.table.shape[1], dtype=dtype)
-        return buffer[:num_rows]
-
-    def fetch(self, slots: Tensor, dtype: torch.dtype) -> Tensor:
-        """Fetch the rows named by ``slots [b, J]`` (-1 fetches row 0) into a buffer: ``[b, J, span]`` in ``dtype``."""
-        rows = self._buffer(slots.numel(), self.table.dtype)
-        torch.index_select(self.table, 0, slots.clamp_min(0).flatten(), out=rows)
-        if dtype != self.table.dtype:
-            rows = self._buffer(slots.numel(), dtype).copy_(rows)
-        return rows.view(*slots.shape, self.table.shape[1])
-
-    def split(self, rows: Tensor) -> Tensor:
-        """View the heads of fetched rows: ``[b, J, span] -> [b, Hkv, J, D]``."""
-        stride = (rows.stride(0), self.head_stride, rows.stride(1), 1)
-        shape = (rows.shape[0], self.num_heads, rows.shape[1], self.width)
-        return rows.as_strided(shape, stride, rows.storage_offset() + self.offset)
-
-
-def _span(x: Tensor) -> int:
-    """Count the elements from the first to the last one of a row of ``x [S, Hkv, D]``."""
-    return (x.shape[1] - 1) * x.stride(1) + x.shape[2]
-
-
-def _as_rows(x: Tensor) -> _Rows:
-    if x.stride(2) != 1 or x.stride(0) < _span(x) or x.stride(1) < x.shape[2]:
-        x = x.contiguous()
-    table = x.as_strided((x.shape[0], _span(x)), (x.stride(0), 1), x.storage_offset())
-    return _Rows(table, 0, x.stride(1), x.shape[1], x.shape[2])
-
-
-def _cache_rows(k: Tensor, v: Tensor) -> tuple[_Rows, _Rows, bool]:
-    """Lay out ``k [S, Hkv, D]`` and ``v [S, Hkv, Dv]``; True when one fetch serves both.
-
-    It does when both are views of the same rows: v the first columns of k (MLA), or keys and values side by side (GQA).
-    """
-    same = k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and k.dtype == v.dtype
-    if same and k.stride(2) == v.stride(2) == 1 and k.stride(0) == v.stride(0):
-        begin = min(k.storage_offset(), v.storage_offset())
-        end = max(k.storage_offset() + _span(k), v.storage_offset() + _span(v))
-        if end - begin <= k.stride(0):
-            table = k.as_strided((k.shape[0], end - begin), (k.stride(0), 1), begin)
-            rows = [_Rows(table, int(x.storage_offset() - begin), x.stride(1), x.shape[1], x.shape[2]) for x in (k, v)]
-            return rows[0], rows[1], True
-    return _as_rows(k), _as_rows(v), False
-
-
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply ``[b, Hkv, M, K] @ [b, Hkv, K, N]`` without copying strided operands.
-
-    A batched product takes one batch stride, but queries and heads have two: loop over the smaller of them.
-    """
-    result = left.new_empty(left.shape[0], left.shape[1], left.shape[2], right.shape[3])
-    if left.shape[1] <= left.shape[0]:
-        for h in range(left.shape[1]):
-            torch.bmm(left[:, h], right[:, h], out=result[:, h])
-    else:
-        for i in range(left.shape[0]):
-            torch.bmm(left[i], right[i], out=result[i])
-    return result
-
-
-def _blocks(indices: Tensor, span: int, itemsize: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cut ``indices [T, J]`` into blocks whose fetched rows of ``span`` elements fit the workspace.
-
-    On a CPU the columns that no query of a block uses are left out, and blocks without any key.
-    """
-    num_queries, num_slots = indices.shape
-    size = max(1, WORKSPACE_BYTES // max(1, num_slots * span * itemsize))
-    column = torch.arange(1, num_slots + 1, dtype=indices.dtype, device=indices.device)
-    for start in range(0, num_queries, size):
-        block = slice(start, min(start + size, num_queries))
-        slots = indices[block]
-        if slots.device.type == "cpu":
-            slots = slots[:, : int((column * (slots >= 0)).max())]
-        if slots.shape[1] > 0:
-            yield block, slots
-
-
-@torch.library.custom_op("hybrid_flex::sparse_attention_gather", mutates_args=())
-@in_its_own_precision
-def _gather_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch_size, num_queries, num_heads, _ = q.shape
-    num_keys, num_kv_heads, value_width = v.shape[1:]
-    heads = (num_kv_heads, num_heads // num_kv_heads)
-    dtype = accumulate_dtype(q)
-    o = q.new_zeros(batch_size, num_queries, num_heads, value_width)
-    lse = q.new_full((batch_size, num_queries, num_heads), float("-inf"), dtype=dtype)
-    if num_keys == 0 or indices.numel() == 0:
-        return o, lse
-    indices = indices[..., : min(indices.shape[-1], num_keys)]
-    for b in range(batch_size):
-        rows_k, rows_v, shared = _cache_rows(k[b], v[b])
-        span = rows_k.table.shape[1] + (0 if shared else rows_v.table.shape[1])
-        for block, slots in _blocks(indices[b], span, dtype.itemsize):
-            fetched = rows_k.fetch(slots, dtype)
-            q_b = (q[b, block].to(dtype) * scale).unflatten(1, heads)
-            logits = _multiply(q_b, rows_k.split(fetched).transpose(2, 3))
-            logits.masked_fill_((slots < 0)[:, None, None], float("-inf"))
-            # A row without keys: its largest logit is -inf, which must not meet another -inf; its total is 0.
-            largest = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
-            weights = logits.sub_(largest).exp_()
-            total = weights.sum(-1, keepdim=True)
-            lse[b, block] = total.log().add_(largest).flatten(1)
-            fetched = fetched if shared else rows_v.fetch(slots, dtype)
-            # Every other row's total is at least 1, the weight of its largest logit.
-            o[b, block] = _multiply(weights, rows_v.split(fetched)).div_(total.clamp_min_(1.0)).flatten(1, 2)
-    return o, lse
-
-
-@_gather_forward.register_fake
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[-1])
-    return o, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
-
-
-def gather_lse(q: Tensor, k: Tensor, indices: Tensor, scale: float) -> Tensor:
-    """Compute the log-sum-exps ``[B, T, H]`` alone, for a form of attention that does not return them."""
-    no_values = k[..., :0]
-    lse: Tensor = torch.ops.hybrid_flex.sparse_attention_gather(q, k, no_values, indices, scale)[1]
-    return lse
-
-
-@torch.library.custom_op("hybrid_flex::sparse_attention_backward", mutates_args=())
-@in_its_own_precision
-def _backward(
-    do: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch_size, _, num_heads, width = q.shape
-    num_keys, num_kv_heads, value_width = v.shape[1:]
-    heads = (num_kv_heads, num_heads // num_kv_heads)
-    dtype = accumulate_dtype(q)
-    dq = q.new_zeros(q.shape)
-    dk = k.new_zeros(batch_size, num_keys, num_kv_heads * width, dtype=dtype)
-    dv = v.new_zeros(batch_size, num_keys, num_kv_heads * value_width, dtype=dtype)
-    if num_keys > 0 and indices.numel() > 0:
-        indices = indices[..., : min(indices.shape[-1], num_keys)]
-        delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse.to(dtype)
-        lse = lse.to(dtype).masked_fill(lse == float("-inf"), 0.0)
-        for b in range(batch_size):
-            rows_k, rows_v, shared = _cache_rows(k[b], v[b])
-            span = rows_k.table.shape[1] + (0 if shared else rows_v.table.shape[1])
-            for block, slots in _blocks(indices[b], 2 * span, dtype.itemsize):
-                fetched = rows_k.fetch(slots, dtype)
-                keys = rows_k.split(fetched)
-                values = rows_v.split(fetched if shared else rows_v.fetch(slots, dtype))
-                q_b, do_b = (x[b, block].to(dtype).unflatten(1, heads) for x in (q, do))
-                lse_b, delta_b = (x[b, block].unflatten(1, heads)[..., None] for x in (lse, delta))
-                p = _multiply(q_b * scale, keys.transpose(2, 3)).sub_(lse_b).exp_()
-                p.masked_fill_((slots < 0)[:, None, None], 0.0)
-                ds = _multiply(do_b, values.transpose(2, 3)).sub_(delta_b).mul_(p).mul_(scale)
-                dq[b, block] = _multiply(ds, keys).flatten(1, 2)
-                _scatter_rows(dk[b], slots, ds, q_b)
-                _scatter_rows(dv[b], slots, p, do_b)
-    return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
-
-
-def _scatter_rows(grad: Tensor, slots: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right``, from ``[b, Hkv, G, J]`` and ``[b, Hkv, G, D]``, to the rows ``slots`` of ``grad``."""
-    rows = _multiply(left.transpose(2, 3), right).transpose(1, 2).flatten(2).flatten(0, 1)
-    # Unused slots carry zeros, so it does not matter that they name row 0.
-    grad.scatter_add_(0, slots.clamp_min(0).flatten().long()[:, None].expand_as(rows), rows)
-
-
-@_backward.register_fake
-def _fake_backward(
-    do: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    """Save what the backward operator needs; shared by the operators that return (o, lse)."""
-    q, k, v, indices, scale = inputs
-    ctx.save_for_backward(q, k, v, indices, *output)  # type: ignore[attr-defined]
-    ctx.scale = scale  # type: ignore[attr-defined]
-
-
-def backward(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute the gradient of an operator that returns (o, lse) in the plain form."""
-    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
-    return *torch.ops.hybrid_flex.sparse_attention_backward(*arguments), None, None
-
-
-_gather_forward.register_autograd(backward, setup_context=setup_context)
+# NOTE [Masked or gathered]: visible keys that cost as much as a gathered one, times the heads on a key head; most heads
+# that was measured with, and fewest queries, below which launching costs more; most bytes of bits.
+FORWARD = 28
+TRAINING = 64
+MOST_GROUPED = 8
+FEWEST_QUERIES = 2048
+BITS_BYTES = 512 * 2**20
 
 
 def _check_kernels(op: str, q: Tensor) -> None:
@@ -317,7 +105,7 @@ def _cuda_backward(
 def _fake_cuda_forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, value_dim: int
 ) -> tuple[Tensor, Tensor]:
-    return _fake_forward(q, k, _values(k, v, value_dim), indices, scale)
+    return fake_forward(q, k, _values(k, v, value_dim), indices, scale)
 
 
 @_cuda_backward.register_fake
@@ -333,7 +121,7 @@ def _fake_cuda_backward(
     scale: float,
     value_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
+    return fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
 
 
 def _save_for_cuda(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -395,6 +183,31 @@ def _in_hopper_kernel(q: Tensor, k: Tensor, value_dim: int) -> bool:
     return is_served(q, k, value_dim)
 
 
+def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether the masked form serves these tensors."""
+    if not has_kernels(q):
+        return False
+    from hybrid_flex.kernels.dsa.masked import is_served
+
+    return is_served(q.shape[2] // k.shape[2], int(q.shape[3]), int(v.shape[3]), q.element_size())
+
+
+def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
+    """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
+
+    An exported program has one graph for all lengths, and takes the form that is never much slower.
+    """
+    group, trains = q.shape[2] // k.shape[2], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if torch.compiler.is_exporting() or group > MOST_GROUPED:
+        return False
+    if not _is_in_masked_kernels(q, k, v) or q.shape[1] < FEWEST_QUERIES:
+        return False
+    # What a query in the middle sees, if the last one sees everything.
+    (B, T), S = q.shape[:2], k.shape[1]
+    visible, worth = S - T // 2, indices.shape[2] * (TRAINING if trains else FORWARD) // group
+    return bool(visible <= worth and B * T * S <= 8 * BITS_BYTES)
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -421,10 +234,13 @@ def sparse_attention(
             the END (unused slots between used ones cost time on CUDA); of more than S columns the first S are read.
         scale: factor of the logits; default ``D ** -0.5``.
         backend: ``"gather"`` (exact and differentiable, workspace independent of T; on CUDA Triton kernels, in every
-            dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"flex"``
-            (FlexAttention over a BlockMask: of blocks of queries, or, where T * Hkv is at most 128, of single tokens;
-            not float64; gradients are those of ``"gather"``), ``"reference"`` (dense, for tests), or ``"auto"``, which
-            is ``"gather"``.
+            dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"masked"``
+            (dense products under a mask of T * S bits; CUDA only, 16 bits only, D and Dv up to 128, up to 128 heads on
+            a key head; keys and values that nobody selects must be finite), ``"flex"`` (FlexAttention over a
+            BlockMask: of blocks of queries, or of single tokens where they are few; not float64; gradients are those
+            of ``"gather"``), ``"reference"`` (dense, for tests), or ``"auto"``: ``"gather"``, but ``"masked"`` where
+            that was measured to be faster, which is with up to 8 heads on a key head and thousands of queries, and
+            not in exported programs.
         value_dim: Dv, in [1, D], where v is None.
 
     Returns:
@@ -436,8 +252,8 @@ def sparse_attention(
         TypeError: dtypes that do not fit.
 
     Device: any; sums run in float32 (float64 for float64 inputs).  On CUDA the gradients of k and v are added up by
-    atomics, in an order that changes from run to run; with ``torch.use_deterministic_algorithms(True)`` the backward
-    takes the slower form whose bits repeat.
+    atomics, in an order that changes from run to run, except in the masked form; with
+    ``torch.use_deterministic_algorithms(True)`` the backward takes the slower form whose bits repeat.
     Source: DeepSeek-V3.2 report, equation 2.
 
     Example:
@@ -447,7 +263,7 @@ def sparse_attention(
         (torch.Size([2, 3, 4, 6]), torch.Size([2, 3, 4]))
     """
     op = "sparse_attention"
-    check_choice(op, "backend", backend, ("auto", "flex", "gather", "reference"))
+    check_choice(op, "backend", backend, ("auto", "flex", "gather", "masked", "reference"))
     check_attention(op, q, k)
     check_shape(op, "indices", indices, (q.shape[0], q.shape[1], None), "[B, T, J]")
     check_dtype(op, "indices", indices, INTEGER)
@@ -468,6 +284,11 @@ def sparse_attention(
     if backend == "flex":
         check_dtype(op, "q", q, (torch.bfloat16, torch.float16, torch.float32))
         return torch.ops.hybrid_flex.sparse_attention_flex(q, k, values, indices, scale)
+    if backend == "masked" and not _is_in_masked_kernels(q, k, values):
+        rule = 'be on CUDA, of 16 bits, with D and Dv up to 128 and H / Hkv up to 128 for backend="masked"'
+        check(False, op, "q", rule, f"{q.device}, {q.dtype}, {tuple(q.shape)}, {tuple(values.shape)}")
+    if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values, indices)):
+        return torch.ops.hybrid_flex.sparse_attention_masked(q, k, values, indices, scale)
     if not is_in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)
     arguments = (q, k, k.new_empty(0) if v is None else v, indices, scale, value_dim or 0)

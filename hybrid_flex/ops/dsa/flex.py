@@ -10,10 +10,12 @@ operator's.  The mask comes in one of two forms; in both ``mask_mod`` reads the 
 NOTE [Few queries]: the union form works through whole blocks of 128 queries, so that fewer cost as many, and of their
 keys it skips next to nothing once neighbours select for themselves.  With heads as rows a token is an entry of the
 batch, and skips what it has not selected: with 2048 of 32768 keys drawn one by one 36 % of the blocks, 77 % with pools
-of 4, 94 % with pools of 16.  Tokens and key heads that are at most 128 together, T * Hkv, take this form.  Measured on
-two cores of a CPU (16 heads on one of 64, 256 of 4096 keys drawn one by one): one query 0.6 instead of 24 ms, 16
-queries 2.5 instead of 20, 128 queries 19 instead of 20; with 16 key heads 16 queries 18 instead of 25, and 128 longer,
-130 instead of 26.  On CUDA nothing is measured yet, and the bound is the CPU's.
+of 4, 94 % with pools of 16.  Tokens and key heads that are at most 128 together, T * Hkv, take this form; on CUDA 1024.
+Measured on two cores of a CPU (16 heads on one of 64, 256 of 4096 keys drawn one by one): one query 0.6 instead of
+24 ms, 16 queries 2.5 instead of 20, 128 queries 19 instead of 20; with 16 key heads 16 queries 18 instead of 25, and
+128 longer, 130 instead of 26.  On an H100 (2048 of 32768 keys; 32 heads of 128 on 8): one query 1.7 instead of 4.9 ms,
+64 queries 3.1 instead of 4.9, 128 as many; 64 heads of 128 on one: 512 queries 3.4 instead of 8.5; of 512 on one: 128
+queries 5.1 instead of 7.4.  Most of that is launching; the gather form takes 0.2 to 1.0.
 
 NOTE [Buckets]: the inner compilation is static, so every new size would compile again (seconds each).  Queries and keys
 are padded to powers of two (few queries to powers of four), and on a CPU, where dynamic lengths with captured tensors
@@ -31,19 +33,16 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hybrid_flex.ops.dispatch import in_its_own_precision
-from hybrid_flex.ops.dsa.attention import (
-    accumulate_dtype,
-    backward,
-    gather_lse,
-    is_in_kernels,
-    setup_context,
-)
+from hybrid_flex.ops.dsa.attention import is_in_kernels
+from hybrid_flex.ops.dsa.gather import backward, fake_forward, gather_lse, setup_context
+from hybrid_flex.ops.dsa.indexer import accumulate_dtype
 
 BLOCK_SIZE = 128
 """Queries (or heads as rows) and keys in a block; rows of a product never pass it."""
 KEY_BLOCK = 16
 """Keys in a block with heads as rows: the fewest that a product on CUDA takes."""
 FEW_QUERIES = 128  # times key heads
+CUDA_FACTOR = 8  # as many more there
 """NOTE [Few queries]."""
 MOST_ENTRIES = 65535
 """The batch lies along the second dimension of a CUDA grid."""
@@ -214,15 +213,13 @@ def _flex_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     # The checks of FlexAttention look at requires_grad although gradients are this operator's business.
     q, k, v = q.detach(), k.detach(), v.detach()
     indices = indices[..., : k.shape[1]]
-    form = _heads_as_rows if q.shape[1] * k.shape[2] <= FEW_QUERIES else _union_of_queries
+    few = q.shape[1] * k.shape[2] <= FEW_QUERIES * (CUDA_FACTOR if q.is_cuda else 1)
+    form = _heads_as_rows if few else _union_of_queries
     o, own_lse = form(q, k, v, indices, scale)
     return o, gather_lse(q, k, indices, scale) if own_lse is None else own_lse
 
 
-@_flex_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    o = q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[-1])
-    return o, q.new_empty(q.shape[:3], dtype=accumulate_dtype(q))
+_flex_forward.register_fake(fake_forward)
 
 
 def _gradient(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.ops.dsa import attention, indexer, indexer_loss
+from hybrid_flex.ops.dsa import gather, indexer, indexer_loss
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shrink every workspace, so that small inputs are cut into many blocks, the last one ragged."""
     monkeypatch.setattr(indexer, "BLOCK_SIZE", 7)
     monkeypatch.setattr(indexer, "PRODUCT_BYTES", 1)
-    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 20_000)
+    monkeypatch.setattr(gather, "WORKSPACE_BYTES", 20_000)
     monkeypatch.setattr(indexer_loss, "WORKSPACE_BYTES", 20_000)
     yield
 

@@ -284,6 +284,8 @@ def test_errors() -> None:
         expect(ValueError, message, q, k, None, indices, value_dim=wrong)
     message = "sparse_attention: value_dim must be None where v is given, got 8"
     expect(ValueError, message, q, k, v, indices, value_dim=8)
+    message = r"sparse_attention: q must be on CUDA, of 16 bits, with D and Dv up to 128 .* got cpu, torch.float32"
+    expect(ValueError, message, q, k, v, indices, backend="masked")
     doubles = (x.double() for x in (q, k, v))
     expect(
         TypeError,

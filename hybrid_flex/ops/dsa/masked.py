@@ -1,0 +1,78 @@
+"""Attention over a selection as dense products under a mask of bits, on CUDA: for many key heads and few queries.
+
+    bits[b, t, s // 32] bit (s % 32) = 1  iff  s in S_t
+
+Blocks of keys that no query of a tile has selected are left out; what is left costs as much as dense attention, however
+few of its keys are used.  NOTE [Masked or gathered] in attention.py says when that is the faster form.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
+
+
+def _check(op: str, q: Tensor) -> None:
+    if not has_kernels(q):
+        raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
+
+
+@torch.library.custom_op("hybrid_flex::sparse_attention_masked", mutates_args=())
+@in_its_own_precision
+def _masked_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from hybrid_flex.kernels.dsa import masked
+
+    _check("sparse_attention_masked", q)
+    o, lse = fake_forward(q, k, v, indices, scale)
+    if k.shape[1] == 0 or indices.numel() == 0:
+        return o.zero_(), lse.fill_(float("-inf"))
+    bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
+    selection = masked.Selection(bits, *masked.launch_lists(touched))
+    masked.launch_masked(q, k, v, selection, scale, o=o, lse=lse)
+    return o, lse
+
+
+_masked_forward.register_fake(fake_forward)
+
+
+@torch.library.custom_op("hybrid_flex::sparse_attention_masked_backward", mutates_args=())
+@in_its_own_precision
+def _masked_backward(
+    do: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from hybrid_flex.kernels.dsa import masked, masked_backward
+
+    _check("sparse_attention_masked_backward", q)
+    dq, dk, dv = fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
+    if k.shape[1] == 0 or indices.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
+    bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
+    selection = masked.Selection(bits, *masked.launch_lists(touched))
+    by_keys = masked.launch_lists(touched.transpose(1, 2))
+    tensors = (do, dlse, q, k, v, selection, by_keys, o, lse, scale)
+    masked_backward.launch_masked_backward(*tensors, dq=dq, dk=dk, dv=dv)
+    return dq, dk, dv
+
+
+_masked_backward.register_fake(fake_backward)
+
+
+def _gradient(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, indices, o, lse = ctx.saved_tensors  # type: ignore[attr-defined]
+    arguments = (do, dlse, q, k, v, indices, o, lse, ctx.scale)  # type: ignore[attr-defined]
+    return *torch.ops.hybrid_flex.sparse_attention_masked_backward(*arguments), None, None
+
+
+_masked_forward.register_autograd(_gradient, setup_context=setup_context)

@@ -1,0 +1,144 @@
+"""sparse_attention, masked form, on CUDA: against float64 and the gather form, the compiler, determinism, auto."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_flex.ops.dsa import attention, sparse_attention
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("o", "lse", "dq", "dk", "dv")
+# B, T, S, H, Hkv, D, Dv, J
+CASES = [
+    (1, 1, 1, 1, 1, 16, 16, 1),
+    (1, 300, 700, 32, 8, 128, 128, 64),
+    (2, 150, 200, 8, 8, 64, 64, 40),
+    (1, 200, 300, 6, 1, 96, 128, 64),
+    (1, 70, 260, 64, 1, 128, 128, 130),
+    (1, 20, 260, 130, 2, 40, 24, 200),
+    (3, 40, 500, 12, 4, 80, 48, 500),
+]
+IDS = ["B{}-T{}-S{}-H{}-Hkv{}-D{}-Dv{}-J{}".format(*case) for case in CASES]
+
+
+def draw(case: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    b, t, s, h, g, d, e, _ = case
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = ((b, t, h, d), (b, s, g, d), (b, s, g, e))
+    return [torch.randn(n, generator=generator, device="cuda").to(dtype).requires_grad_() for n in sizes]
+
+
+def results(inputs: list[Tensor], indices: Tensor, backend: str) -> dict[str, Tensor]:
+    o, lse = sparse_attention(*inputs, indices, backend=backend)
+    generator = torch.Generator("cuda").manual_seed(1)
+    do, dlse = (torch.randn(x.shape, generator=generator, device="cuda").to(x.dtype) for x in (o, lse))
+    grads = torch.autograd.grad((o, lse.masked_fill(lse.isinf(), 0.0)), inputs, (do, dlse))
+    return dict(zip(NAMES, (o.detach(), lse.detach(), *grads), strict=True))
+
+
+def relative(x: Tensor, y: Tensor) -> float:
+    return float((x.double() - y.double()).norm() / y.double().norm().clamp_min(1e-3 * y.numel() ** 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_outputs_and_gradients(case: tuple[int, ...], dtype: torch.dtype, selection: Callable[..., Tensor]) -> None:
+    indices = selection(case[0], case[1], case[2], case[7]).cuda()
+    inputs = draw(case, dtype)
+    got = results(inputs, indices, "masked")
+    want = results([x.detach().double().requires_grad_() for x in inputs], indices, "reference")
+    empty = want["lse"].isinf()
+    assert torch.equal(got["lse"].isinf(), empty) and (got["o"][empty] == 0).all()
+    for name in NAMES:
+        x, y = (r[name].masked_fill(empty, 0.0) if name == "lse" else r[name] for r in (got, want))
+        bound = 1e-5 if name == "lse" else 1e-2
+        assert x.isfinite().all() and relative(x, y) <= bound, (name, relative(x, y))
+
+
+def causal(T: int, J: int, cut: int = 0) -> Tensor:
+    """Draw J past keys of every token; none of the ``cut`` keys from 128 on, so that blocks stay untouched."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    scores = torch.rand(T, T, generator=generator, device="cuda")
+    scores[:, 128 : 128 + cut] = -1
+    scores = scores.masked_fill(torch.ones(T, T, device="cuda", dtype=torch.bool).triu(1), -1)
+    values, indices = scores.topk(min(J, T))
+    indices = indices.masked_fill(values < 0, T).sort().values
+    return indices.masked_fill(indices == T, -1).int()[None]
+
+
+def test_it_equals_the_gather_form_over_many_tiles() -> None:
+    inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, 300, 500)
+    got, want = (results(inputs, indices, backend) for backend in ("masked", "gather"))
+    assert all(relative(got[name], want[name]) <= 1e-2 for name in NAMES)
+
+
+def test_bits_repeat(selection: Callable[..., Tensor]) -> None:
+    case = (2, 300, 500, 8, 2, 128, 128, 100)
+    inputs, indices = draw(case, torch.bfloat16), selection(2, 300, 500, 100).cuda()
+    first, second = (results(inputs, indices, "masked") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("layout", ["head-major", "sliced"])
+def test_strides(layout: str, selection: Callable[..., Tensor]) -> None:
+    inputs, indices = draw((2, 70, 300, 8, 2, 64, 64, 0), torch.bfloat16), selection(2, 70, 300, 40).cuda()
+    want = results(inputs, indices, "masked")
+    if layout == "head-major":
+        moved = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    else:
+        moved = [torch.nn.functional.pad(x.detach(), (8, 8))[..., 8:-8] for x in inputs]
+    got = results([x.requires_grad_() for x in moved], indices.long(), "masked")
+    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+
+
+def test_opcheck(selection: Callable[..., Tensor]) -> None:
+    inputs, indices = draw((1, 40, 200, 8, 2, 64, 64, 0), torch.float16), selection(1, 40, 200, 20).cuda()
+    torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_masked, (*inputs, indices, 0.1))
+
+
+def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    """Lengths on both sides of the bound, with and without gradients, eager and as compiled graphs."""
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+    called: list[str] = []
+
+    def nodes(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
+        return graph
+
+    # 4 heads on a key head: 70 visible keys are worth 10 slots, 160 in training.
+    for T, trains, name in ((250, True, "cuda"), (300, True, "masked"), (400, True, "cuda"), (300, False, "cuda")):
+        inputs, indices = draw((1, T, T, 8, 2, 64, 64, 0), torch.bfloat16), causal(T, 10)
+        with torch.set_grad_enabled(trains):
+            called.clear()
+            o, _ = torch.compile(sparse_attention, fullgraph=True, backend=nodes)(*inputs, indices)
+            assert [f"sparse_attention_{name}" in x for x in called] == [True], (T, trains, called)
+            want = "gather" if name == "cuda" else name
+            assert torch.equal(o, sparse_attention(*inputs, indices)[0])
+            assert torch.equal(o, sparse_attention(*inputs, indices, backend=want)[0])
+
+
+def test_nothing_selected_and_nothing_there() -> None:
+    q, k, v = draw((1, 30, 40, 4, 2, 32, 32, 0), torch.bfloat16)
+    got = results([q, k, v], torch.full((1, 30, 7), -1, device="cuda"), "masked")
+    assert (got["o"] == 0).all() and (got["lse"] == float("-inf")).all() and (got["dk"] == 0).all()
+    o, lse = sparse_attention(q, k[:, :0], v[:, :0], torch.full((1, 30, 0), -1, device="cuda"), backend="masked")
+    assert (o == 0).all() and (lse == float("-inf")).all()
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """The bits of late queries, and the rows of late heads, lie behind 2^31 elements."""
+    T, S = 600, 2**17 + 70
+    q = torch.randn(1, T, 128, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, 128, S, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    indices = torch.randint(S, (1, T, 40), device="cuda").sort().values
+    indices = indices.masked_fill(torch.nn.functional.pad(indices.diff() == 0, (1, 0)), -1).int()
+    with torch.no_grad():
+        got, lse = sparse_attention(q, k, k, indices, backend="masked")
+        want, want_lse = sparse_attention(q, k, k, indices, backend="gather")
+    assert relative(got[0, -50:, -2:], want[0, -50:, -2:]) <= 1e-2
+    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
