@@ -77,6 +77,14 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch_size: int, num_tokens: i
     check(values[-1] == num_tokens, op, "cu_seqlens", f"end at T = {num_tokens}", values[-1])
 
 
+def is_exporting() -> bool:
+    """Tell whether a program is being exported.
+
+    `torch.compiler.is_exporting` says so of everything that is compiled, up to torch 2.12.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
     return type(tensor) in (Tensor, torch.nn.Parameter)

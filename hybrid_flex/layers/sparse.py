@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hybrid_flex.checks import check, check_choice, check_cu_seqlens, check_shape
+from hybrid_flex.checks import check, check_choice, check_cu_seqlens, check_shape, is_exporting
 from hybrid_flex.layers.cache import DSACache, make_cache
 from hybrid_flex.layers.dense import dense_attention
 from hybrid_flex.layers.indexer import LightningIndexer
@@ -70,7 +70,7 @@ class SparseLayer(nn.Module):
 
     def _selects_everything(self, num_tokens: int) -> bool:
         """Tell whether a whole sequence of so many tokens is attended densely: NOTE [Short sequences]."""
-        if self.indexer is None or self.backend != "auto" or torch.compiler.is_exporting():
+        if self.indexer is None or self.backend != "auto" or is_exporting():
             return False
         return num_tokens <= self.indexer.topk
 

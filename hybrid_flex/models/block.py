@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_flex.checks import check, check_choice
+from hybrid_flex.checks import check, check_choice, is_exporting
 from hybrid_flex.layers import (
     CausalAttention,
     DeepSeekSparseAttention,
@@ -268,7 +268,7 @@ class LayerWiseHybrid(nn.Module):
         states: list[LayerState | None] = []
         indices, loss = None, torch.zeros((), device=x.device)
         # An exported program has no way to say "recompute"; it keeps what its own training loop decides.
-        wanted = self.config.checkpoint_activations and not torch.compiler.is_exporting()
+        wanted = self.config.checkpoint_activations and not is_exporting()
         recompute = wanted and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             arguments = (x, None if state is None else state[i], cu_seqlens, indices, stage)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hybrid_flex.checks import is_exporting
 from hybrid_flex.export import export_prefill, load, save
 from hybrid_flex.layers import (
     CausalAttention,
@@ -42,6 +43,17 @@ def assert_same(got: object, want: object) -> None:
     assert got_form == want_form
     for a, b in zip(got_leaves, want_leaves, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_only_an_export_counts_as_one() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (1 if is_exporting() else 0)
+
+    zero, asks = torch.zeros(2), Asks()
+    assert asks(zero).sum() == torch.compile(asks, fullgraph=True, backend="eager")(zero).sum() == 0
+    for strict in (True, False):
+        assert torch.export.export(asks, (zero,), strict=strict).module()(zero).sum() == 2
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "nonstrict"])

@@ -10,11 +10,16 @@ form that goes through FlexAttention.
 # NOTE [Masked or gathered]
 A gathered row serves the heads on its key head only.  Where these are few, fetching bounds the gather form: 67 ps for a
 token, key and key head of 128 columns (H100), 360 ps backward.  The masked form fetches rows once for 128 queries and
-heads, and pays for the keys that a query sees and has not selected: with G heads on a key head 1.7 G and 4.5 G ps for a
-visible key.  Neighbours that select alike make it faster still; nobody knows that before.  So a key that is gathered
-is worth FORWARD / G visible keys, TRAINING / G where a backward follows.  Measured on an H100, bfloat16, independent
-selections, top-2048 (profiles/results/dsa_nvidia-h100-80gb-hbm3_20261123.md, rows forms_*): with 32 heads on 8 the
-masked form is the faster one up to T = 40,000, in training to 90,000; with 16 on 2 up to 15,000 and 32,000.
+heads, and pays for all keys that a query sees.  Neighbours that select alike make it faster, but nobody knows that
+before.  With G heads on a key head a gathered key is worth FORWARD / (G + 1/2) visible ones, or TRAINING / (G + 1/2)
+where a backward follows.  Measured on an H100, bfloat16, independent selections, milliseconds gathered and masked
+(profiles/results/dsa_nvidia-h100-80gb-hbm3_20261123.md, rows forms_*):
+
+    heads, key heads        T     8192        32768          65536
+    32, 8    forward           8.0  2.0    35.9   29.1     77.4  113.5
+    32, 8    training         47.7  8.2   222.5  111.3    594.6  436.4
+    16, 2    forward           2.0  1.1     8.9   14.7
+    16, 2    training         11.7  5.3    53.2   56.0
 """
 
 from __future__ import annotations
@@ -31,15 +36,16 @@ from hybrid_flex.checks import (
     check_dtype,
     check_rank,
     check_shape,
+    is_exporting,
 )
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 from hybrid_flex.ops.dsa.reference import reference_attention
 
-# NOTE [Masked or gathered]: visible keys that cost as much as a gathered one, times the heads on a key head; most heads
-# that was measured with, and fewest queries, below which launching costs more; most bytes of bits.
-FORWARD = 28
-TRAINING = 64
+# NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that this was measured with; fewest
+# queries, below which launching costs more; most bytes of bits.
+FORWARD = 37
+TRAINING = 72
 MOST_GROUPED = 8
 FEWEST_QUERIES = 2048
 BITS_BYTES = 512 * 2**20
@@ -174,7 +180,7 @@ def _in_hopper_kernel(q: Tensor, k: Tensor, value_dim: int) -> bool:
     A program that is exported takes the form that it can carry.  Gluon is an experiment of Triton's: a version without
     what the kernel needs does without the kernel.
     """
-    if value_dim == 0 or torch.compiler.is_exporting():
+    if value_dim == 0 or is_exporting():
         return False
     try:
         from hybrid_flex.kernels.dsa.gather_hopper import is_served
@@ -198,13 +204,13 @@ def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
     An exported program has one graph for all lengths, and takes the form that is never much slower.
     """
     group, trains = q.shape[2] // k.shape[2], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if torch.compiler.is_exporting() or group > MOST_GROUPED:
+    if is_exporting() or group > MOST_GROUPED:
         return False
     if not _is_in_masked_kernels(q, k, v) or q.shape[1] < FEWEST_QUERIES:
         return False
     # What a query in the middle sees, if the last one sees everything.
     (B, T), S = q.shape[:2], k.shape[1]
-    visible, worth = S - T // 2, indices.shape[2] * (TRAINING if trains else FORWARD) // group
+    visible, worth = S - T // 2, indices.shape[2] * 2 * (TRAINING if trains else FORWARD) // (2 * group + 1)
     return bool(visible <= worth and B * T * S <= 8 * BITS_BYTES)
 
 

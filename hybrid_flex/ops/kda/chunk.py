@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_flex.checks import check_choice
+from hybrid_flex.checks import check_choice, is_exporting
 from hybrid_flex.ops.chunk_scan import chunk_scan
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, plain_form
 
@@ -157,7 +157,7 @@ def chunk_kda(
 
 def _is_training(raw: Raw, initial_state: Tensor | None) -> bool:
     """Tell whether to keep what spares the backward work: training.py."""
-    if not (has_kernels(raw.q) and torch.is_grad_enabled()) or torch.compiler.is_exporting():
+    if not (has_kernels(raw.q) and torch.is_grad_enabled()) or is_exporting():
         return False
     return any(x is not None and x.requires_grad for x in (*raw[:7], initial_state))
 

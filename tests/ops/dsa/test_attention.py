@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hybrid_flex.ops.dsa import lightning_topk, sparse_attention
+from hybrid_flex.ops.dsa import attention, lightning_topk, sparse_attention
 
 CASES = [
     # B, T, S, H, Hkv, D, Dv, J
@@ -296,3 +296,42 @@ def test_errors() -> None:
     )
     with pytest.raises(IndexError):
         sparse_attention(q, k, v, indices + 6)
+
+
+@pytest.mark.parametrize(
+    "T, H, Hkv, trains, masked",
+    [
+        (2047, 32, 8, True, False),
+        (2048, 32, 8, False, True),
+        (32768, 32, 8, False, True),
+        (65536, 32, 8, False, False),
+        (65536, 32, 8, True, True),
+        (70000, 32, 8, True, False),
+        (8192, 16, 2, False, True),
+        (32768, 16, 2, False, False),
+        (4096, 16, 1, True, False),
+    ],
+)
+def test_auto_takes_the_form_that_was_measured_to_be_faster(
+    T: int, H: int, Hkv: int, trains: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "has_kernels", lambda x: True)
+    q, k = (torch.empty(1, T, heads, 128, device="meta", dtype=torch.bfloat16) for heads in (H, Hkv))
+    q.requires_grad_(trains)
+    indices = torch.empty(1, T, 2048, device="meta", dtype=torch.int32)
+    assert attention._is_masked_faster(q, k, k, indices) == masked
+    assert not attention._is_masked_faster(q.float(), k.float(), k.float(), indices)
+
+
+def test_auto_asks_the_same_while_compiling(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    monkeypatch.setattr(attention, "has_kernels", lambda x: True)
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+
+    def chosen(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+        return q.sum() + (1 if attention._is_masked_faster(q, k, k, indices) else 0)
+
+    compiled = torch.compile(chosen, fullgraph=True, backend="eager")
+    for T, masked in ((250, 0), (300, 1), (400, 0)):
+        q = torch.zeros(1, T, 8, 64, dtype=torch.bfloat16, requires_grad=True)
+        k, indices = torch.zeros(1, T, 2, 64, dtype=torch.bfloat16), torch.zeros(1, T, 10, dtype=torch.int32)
+        assert compiled(q, k, indices) == chosen(q, k, indices) == masked

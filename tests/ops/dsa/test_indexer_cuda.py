@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.fx.experimental import _config as symbolic_shapes
 
 from hybrid_flex.ops.dsa import lightning_topk
 from hybrid_flex.ops.dsa.reference import reference_scores
@@ -113,3 +119,77 @@ def test_one_graph_for_several_lengths() -> None:
         torch.ops.hybrid_flex.lightning_topk.default,
         (*inputs(1, 70, 70, 4, 64, dtype=torch.bfloat16), 16, True, 0, None, 1),
     )
+
+
+class Exported(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        return lightning_topk(q, k, w, 64)
+
+
+def open_program(most: int | None) -> torch.export.ExportedProgram:
+    sizes = {0: Dim.DYNAMIC(min=1, max=4), 1: Dim.DYNAMIC(min=1) if most is None else Dim.DYNAMIC(min=1, max=most)}
+    with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
+        example = inputs(3, 131, 131, 4, 64, torch.bfloat16)
+        program = torch.export.export(Exported(), example, dynamic_shapes=(sizes,) * 3)
+    assert program.graph.find_nodes(op="call_function", target=torch.ops.hybrid_flex.lightning_topk_cuda.default), (
+        "the operator whose kernels a package carries"
+    )
+    return program
+
+
+OPEN_SIZES = [(1, 1), (2, 2), (1, 63), (3, 64), (1, 65), (2, 257), (1, 300)]
+
+
+def test_an_exported_program_selects_what_eager_mode_does() -> None:
+    module = open_program(None).module()
+    for B, T in OPEN_SIZES:
+        x = inputs(B, T, T, 4, 64, dtype=torch.bfloat16)
+        assert torch.equal(module(*x), lightning_topk(*x, 64))
+
+
+@pytest.mark.parametrize(("most", "workspace"), [(300, None), (300, 4 * 64 * 1300), (None, None)])
+def test_one_compiled_graph_launches_the_kernels_for_every_size(
+    most: int | None, workspace: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled ahead of time from one example, in one block, in five of 64 queries, and in as many as there can be."""
+    from torch._inductor.package import load_package, package_aoti
+
+    from hybrid_flex.kernels.dsa import topk as kernels
+
+    launch: Any = kernels.lightning_topk
+    if workspace is not None:
+        monkeypatch.setattr(kernels, "lightning_topk", functools.partial(launch, workspace_bytes=workspace))
+    monkeypatch.setattr(kernels, "MOST_BLOCKS", 6)
+    program = open_program(most)
+    with torch.no_grad():
+        module = program.module(check_guards=False)
+        options = {"aot_inductor.package": True}
+        files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
+    package_aoti(str(tmp_path / "topk.pt2"), files)
+    compiled = load_package(str(tmp_path / "topk.pt2"))
+    for B, T in OPEN_SIZES:
+        x = inputs(B, T, T, 4, 64, dtype=torch.bfloat16)
+        assert torch.equal(compiled(*x), lightning_topk(*x, 64)), (B, T)
+
+
+def test_a_compiled_decoding_step_cuts_rows_into_spans(tmp_path: Path) -> None:
+    from torch._inductor.package import load_package, package_aoti
+
+    class Step(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, w: Tensor, lengths: Tensor) -> Tensor:
+            return lightning_topk(q, k, w, 512, lengths=lengths)
+
+    lengths = torch.tensor([70000, 3, 30000], device="cuda")
+    B = {0: Dim.DYNAMIC(min=1)}
+    with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
+        example = (*inputs(3, 1, 70000, 4, 64, dtype=torch.bfloat16), lengths)
+        program = torch.export.export(Step(), example, dynamic_shapes=(B,) * 4)
+        files = torch._inductor.aot_compile(
+            program.module(check_guards=False), example, options={"aot_inductor.package": True}
+        )
+    package_aoti(str(tmp_path / "step.pt2"), files)
+    compiled = load_package(str(tmp_path / "step.pt2"))
+    for B in (1, 2, 3):
+        x = (*inputs(B, 1, 70000, 4, 64, dtype=torch.bfloat16), lengths[:B].clone())
+        assert torch.equal(compiled(*x), lightning_topk(*x[:3], 512, lengths=x[3])), B
+        assert torch.equal(x[3], lengths[:B])
