@@ -27,8 +27,15 @@ from hybrid_flex.export.programs import check_whole, export_prefill, traced_inpu
 from hybrid_flex.models import HybridLanguageModel, sampling
 
 STEPS = ("prefill", "decode")
-# What a package on CUDA carries as Triton kernels; the other operators go in their plain forms.
-CARRIED = {"chunk_kda", "fused_recurrent_kda", "gated_rms_norm", "short_conv", "sparse_attention_cuda"}
+# What a package on CUDA carries as Triton kernels; what else a program holds goes in its plain form.
+CARRIED = {
+    "chunk_kda",
+    "fused_recurrent_kda",
+    "gated_rms_norm",
+    "lightning_topk_cuda",
+    "short_conv",
+    "sparse_attention_cuda",
+}
 FORMAT = "1"
 _PREFIX = "hybrid_flex."
 
@@ -63,11 +70,12 @@ def package(
     Raises:
         TypeError: ``model`` is no `HybridLanguageModel`.
         ValueError: ``device`` is not the model's, the name does not end in ``.pt2``, or a size is not positive.
-        RuntimeError: there is no C++ compiler, it fails, or torch cannot compile the loops: 2.13 can, 2.11 cannot.
+        RuntimeError: there is no C++ compiler, it fails, or torch cannot compile the loops of plain forms, which every
+            package for a CPU holds: 2.13 can, 2.11 cannot.
 
     Device:
-        CPU, for machines with the same vector instructions; CUDA, where the kernels of Kimi Delta Attention, of the
-        convolutions, the norms and the sparse attention travel inside, and selection takes its plain form.
+        CPU, for machines with the same vector instructions; CUDA, where all kernels travel inside, and only what no
+        kernel serves (float64, selections of more than 8192, heads that are too wide) takes its plain form.
 
     Note:
         Compiling takes minutes: about half a minute for a layer, on two cores. On a CPU the weights of linear maps are
@@ -105,11 +113,7 @@ def package(
 
 def _compiled(program: ExportedProgram, device: str, about: dict[str, Any]) -> list[str]:
     """Compile one program to the files of a package."""
-    if device == "cpu":
-        program = portable(program, flat=True)
-    else:
-        plain = with_plain_states(program, flat=True)
-        program = decomposed(plain, operators_of(plain) - CARRIED)
+    program = portable(program, flat=True) if device == "cpu" else _carrying_kernels(program)
     options: dict[str, Any] = {
         "aot_inductor.package": True,
         "aot_inductor.metadata": {_PREFIX + key: str(value) for key, value in about.items()},
@@ -123,6 +127,12 @@ def _compiled(program: ExportedProgram, device: str, about: dict[str, Any]) -> l
         module: Any = program.module(check_guards=False)
         files: Any = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
     return list(files)
+
+
+def _carrying_kernels(program: ExportedProgram) -> ExportedProgram:
+    """Write out what is no kernel, and flatten the states."""
+    plain = with_plain_states(program, flat=True)
+    return decomposed(plain, operators_of(plain) - CARRIED)
 
 
 class Package:

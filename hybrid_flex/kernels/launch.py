@@ -33,16 +33,31 @@ class _Collector:
         return note
 
 
-def launchable(kernel: Any) -> Any:
+def launchable(kernel: Any, x: torch.Tensor | None = None) -> Any:
     """Return ``kernel`` so that ``launchable(kernel)[grid](...)`` runs it, or becomes a graph node while tracing.
 
     Under Triton's interpreter (``TRITON_INTERPRET=1``, for tests without a GPU) a kernel is no `JITFunction` and cannot
-    be traced; it is run as it is.
+    be traced; it is run as it is.  So is a kernel for ``x``, one of its tensors, that holds numbers: inside of a
+    ``triton_op`` torch sees to that itself, elsewhere its wrapper would take a millisecond for every launch, and note
+    it down in a table that nobody empties.
     """
     if not isinstance(kernel, triton.JITFunction):
         return kernel
     found = _collected.get()
-    return torch.library.wrap_triton(kernel) if found is None else _Collector(kernel, found)
+    if found is not None:
+        return _Collector(kernel, found)
+    return kernel if x is not None and is_plain(x) else torch.library.wrap_triton(kernel)
+
+
+UNBOUNDED = 1 << 62
+
+
+def upper_bound(size: Any, otherwise: int = UNBOUNDED) -> int:
+    """Return the largest value that a size may have where a graph leaves it open, or ``otherwise`` without a bound."""
+    if isinstance(size, int):
+        return size
+    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(upper) if upper.is_Integer else otherwise
 
 
 def next_power_of_2(n: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hybrid_flex.checks import check, check_choice
+from hybrid_flex.checks import check, check_choice, is_plain
 from hybrid_flex.layers.indexer import LightningIndexer
 from hybrid_flex.layers.sparse import Projected, SparseLayer
 from hybrid_flex.ops.dsa import RopeLayout, apply_rope, rope_cos_sin
@@ -164,8 +164,7 @@ class DeepSeekSparseMLA(SparseLayer):
         if dense:
             o = o[..., : self.v_head_dim]  # NOTE [One width]
         elif self.form == "absorbed":
-            # Heads beside each other again, always by a copy: whether one is needed depends on B and T.
-            o = _multiply_heads(o, self._expansion()[1].mT).clone(memory_format=torch.contiguous_format)
+            o = _multiply_heads(o, self._expansion()[1].mT, side_by_side=True)
         return self.o_proj(o.flatten(-2))
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,10 +197,20 @@ class DeepSeekSparseMLA(SparseLayer):
         return q, torch.cat((k_nope, k_rot.expand(-1, -1, self.num_heads, -1)), dim=-1), v
 
 
-def _multiply_heads(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply ``x [B, T, H, A]`` with a matrix of each head, ``weight [H, A, C]``: ``[B, T, H, C]``, heads outermost.
+def _multiply_heads(x: Tensor, weight: Tensor, *, side_by_side: bool = False) -> Tensor:
+    """Multiply ``x [B, T, H, A]`` with a matrix of each head, ``weight [H, A, C]``: ``[B, T, H, C]``.
 
-    Written as one batched product: `torch.einsum` asks whether sizes are 1, and a graph with open sizes answers no.
+    In memory the heads are outermost, or ``side_by_side``.  Written as one batched product: `torch.einsum` asks whether
+    sizes are 1, and a graph with open sizes answers no.
     """
-    product = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)
-    return product.transpose(0, 1).unflatten(0, (x.shape[0], x.shape[1]))
+    heads = x.flatten(0, 1).transpose(0, 1)
+    if side_by_side and is_plain(x) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # Where nothing records it, the product is written to its place at once.
+        product = x.new_empty(heads.shape[1], heads.shape[0], weight.shape[2])
+        torch.bmm(heads, weight, out=product.transpose(0, 1))
+    else:
+        product = torch.bmm(heads, weight).transpose(0, 1)
+        if side_by_side:
+            # Always by a copy: whether one is needed depends on B and T.
+            product = product.clone(memory_format=torch.contiguous_format)
+    return product.unflatten(0, (x.shape[0], x.shape[1]))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
 
 import hybrid_flex.ops  # noqa: F401  registers the operators
 
@@ -161,7 +161,7 @@ def visible_pairs(
     return _floor_sum(stop, kpool, num_keys) - _floor_sum(start, kpool, num_keys)
 
 
-@_formula("lightning_topk")
+@_formula("lightning_topk", "lightning_topk_cuda")
 def lightning_topk_flop(
     q_idx: Shape,
     k_idx: Shape,
@@ -197,7 +197,10 @@ def lightning_topk_flop(
     return batch_size * pairs * 2 * num_heads * (width + 1)
 
 
-@_formula("sparse_attention_gather", "sparse_attention_flex", "sparse_attention_cuda", "sparse_attention_hopper")
+@_formula(
+    *("sparse_attention_gather", "sparse_attention_flex", "sparse_attention_masked"),
+    *("sparse_attention_cuda", "sparse_attention_hopper"),
+)
 def sparse_attention_flop(
     q: Shape, k: Shape, v: Shape, indices: Shape, scale: float, value_dim: int = 0, *, out_shape: Any = None
 ) -> int:
@@ -206,7 +209,7 @@ def sparse_attention_flop(
     return 2 * pairs * (width + value_width)
 
 
-@_formula("sparse_attention_backward", "sparse_attention_cuda_backward")
+@_formula("sparse_attention_backward", "sparse_attention_masked_backward", "sparse_attention_cuda_backward")
 def sparse_attention_backward_flop(
     do: Shape,
     dlse: Shape,
@@ -301,18 +304,27 @@ def _compared(
     return batch_size * tokens, batch_size * visible_pairs(num_queries, k_idx[1], kpool=kpool, **options)
 
 
-# Dense attention on a CPU, which torch counts from 2.15 on only: `CausalAttention` and every model with a D layer.
+# Dense attention, where torch does not count it: on a CPU up to 2.14, and up to 2.12 with fewer key heads than heads.
 
 
-def _cpu_attention_flop(q: Shape, k: Shape, v: Shape, *others: Any, **_: Any) -> int:
+def _fused_attention_flop(q: Shape, k: Shape, v: Shape, *others: Any, **_: Any) -> int:
     batch_size, num_heads, num_queries, width = q
     return 2 * batch_size * num_heads * num_queries * k[2] * (width + v[3])
 
 
-def _cpu_attention_backward_flop(d_o: Shape, q: Shape, k: Shape, v: Shape, *others: Any, **_: Any) -> int:
+def _fused_attention_backward_flop(d_o: Shape, q: Shape, k: Shape, v: Shape, *others: Any, **_: Any) -> int:
     batch_size, num_heads, num_queries, width = q
     return 2 * batch_size * num_heads * num_queries * k[2] * (3 * width + 2 * v[3])
 
 
-_register(_cpu_attention_flop, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
-_register(_cpu_attention_backward_flop, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+_KINDS = ["flash_attention_for_cpu"]
+try:
+    sdpa_flop_count((1, 2, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8))
+except AssertionError:
+    _KINDS += ["flash_attention", "efficient_attention", "cudnn_attention"]
+    for _kind in _KINDS:
+        for _way in ("", "_backward"):
+            flop_registry.pop(getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}{_way}"), None)
+for _kind in _KINDS:
+    _register(_fused_attention_flop, getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}"))
+    _register(_fused_attention_backward_flop, getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}_backward"))

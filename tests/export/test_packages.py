@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.export import Package, export_prefill, load_package, package, save
+from hybrid_flex.export import Package, export_decode, export_prefill, load_package, package, packages, save
+from hybrid_flex.export.portable import operators_of
+from hybrid_flex.export.programs import traced_inputs
 from hybrid_flex.models import HybridConfig, HybridLanguageModel
-
-version = tuple(int(n) for n in torch.__version__.split(".")[:2])
-pytestmark = pytest.mark.skipif(version < (2, 13), reason="AOTInductor of torch 2.11 compiles no loop with open sizes")
 
 MAX_LENGTH = 160
 # Around chunks and blocks of 64, where the code that was compiled pads.
@@ -38,8 +37,15 @@ def ids_of(batch_size: int, length: int) -> Tensor:
     return (torch.arange(batch_size * length) * 7 % 50).view(batch_size, length)
 
 
+@pytest.fixture(scope="session")
+def loops_compile() -> None:
+    """Skip a test that packages plain forms, for a CPU, where the compiler cannot."""
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
+        pytest.skip("AOTInductor of torch 2.11 compiles no loop with open sizes")
+
+
 @pytest.fixture(scope="session")  # a module's tests need not run in a row
-def packaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridLanguageModel, Path]:
+def packaged(loops_compile: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridLanguageModel, Path]:
     """Compile one package, which takes most of a minute, for all tests of a worker."""
     model = language_model()
     path = tmp_path_factory.mktemp("package") / "new folder" / "model.pt2"
@@ -244,7 +250,7 @@ OTHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_models(name: str, tmp_path: Path) -> None:
+def test_other_models(name: str, loops_compile: None, tmp_path: Path) -> None:
     model = language_model(**OTHERS[name])  # type: ignore[arg-type]
     loaded = load_package(package(model, tmp_path / "model.pt2", max_length=MAX_LENGTH))
     assert isinstance(loaded, Package)
@@ -254,6 +260,29 @@ def test_other_models(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(loaded(ids)[0], model(ids)[0])
         room = min(20, MAX_LENGTH - ids.shape[1])
         assert torch.equal(loaded.generate(ids, room, greedy=True), model.generate(ids, room, greedy=True))
+
+
+SERVED = {"chunk_kda", "fused_recurrent_kda", "gated_rms_norm", "lightning_topk_cuda", "short_conv"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_on_cuda_kernels_travel_inside_and_no_loop(name: str, as_on_cuda: None) -> None:
+    model = language_model(**OTHERS[name])  # type: ignore[arg-type]
+    held: set[str] = set()
+    programs = (
+        export_prefill(model, max_length=MAX_LENGTH),
+        export_decode(model, max_length=MAX_LENGTH, max_batch_size=4),
+    )
+    for program in programs:
+        carrying = packages._carrying_kernels(program)
+        held |= operators_of(carrying)
+        for graph in (m for m in carrying.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
+            assert not graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan)
+        (ids,) = (x for x in traced_inputs(carrying)[:1])
+        open_sizes = [carrying.range_constraints[n.node.expr] for n in ids.shape]
+        assert all(bounds.lower == 1 for bounds in open_sizes), "no size is ruled out"
+    wanted = {"lightning_topk_cuda", "sparse_attention_cuda"} | (SERVED if "K" in model.config.pattern else set())
+    assert held == wanted
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from hybrid_flex import ops
 from hybrid_flex.export import export_decode, export_prefill, load, portable, save
+from hybrid_flex.export.portable import operators_of
 from hybrid_flex.layers import (
     DeepSeekSparseAttention,
     DeepSeekSparseMLA,
@@ -189,6 +190,19 @@ def test_messages() -> None:
 def test_poisoned_memory(nan_memory: None) -> None:
     logits, states = portable(export_prefill(language_model())).module()(ids_of(2, 70))
     assert all(leaf.isfinite().all() for leaf in pytree.tree_leaves((logits, states)))
+
+
+@pytest.mark.parametrize("name", ["parallel", "mla"])
+def test_operators_on_cuda_have_plain_forms(name: str, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    program = export_prefill(layer)
+    assert {"lightning_topk_cuda", "sparse_attention_cuda"} <= operators_of(program)
+    written = portable(program)
+    assert not operators_of(written)
+    monkeypatch.undo()
+    x = torch.randn(2, 70, 32)
+    torch.testing.assert_close(written.module()(x)[0], layer(x)[0])
 
 
 @pytest.mark.gpu

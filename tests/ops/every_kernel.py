@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_flex.ops import (
     chunk_kda,
+    expand_pools,
     fused_recurrent_kda,
     gated_rms_norm,
     indexer_kl_loss,
@@ -121,6 +122,7 @@ def sparse(device: str) -> None:
     o, lse = sparse_attention(q, k, k.detach().clone(), torch.tensor([[[0, 3, -1]]], device=device).expand(1, 5, 3))
     torch.autograd.grad(o.sum() + lse.sum(), (q, k))
 
+    expand_pools(torch.tensor([[[0, 2, -1], [1, 2, -1]]], device=device), 4, query_start=11)
     for kpool in (1, 4):
         x = [torch.randn(size, device=device) for size in ((1, 70, 2, 32), (1, 70 // kpool, 32), (1, 70, 2))]
         x = [t.to(torch.bfloat16).requires_grad_() for t in x]

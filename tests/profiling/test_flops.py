@@ -213,6 +213,16 @@ def test_dense_attention_on_a_cpu_is_counted_with_any_torch() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_grouped_heads_are_counted_with_any_torch(kind: str) -> None:
+    q, k = torch.empty(2, 6, 5, 8, device="meta"), torch.empty(2, 3, 7, 8, device="meta")
+    operator = f"_scaled_dot_product_{kind}_attention"
+    forward, backward = (flop_registry[getattr(torch.ops.aten, operator + way)] for way in ("", "_backward"))
+    assert forward(q, k, k, out_val=q) == 2 * 6 * products((5, 8, 7), (5, 7, 8))
+    gradients = products((5, 8, 7), (5, 8, 7), (7, 5, 8), (5, 7, 8), (8, 5, 7))
+    assert backward(q, q, k, k, out_val=q) == 2 * 6 * gradients
+
+
 def model_by_hand(
     B: int, T: int, D: int, vocab: int, heads: int, C: int, topk: int, HI: int, DI: int
 ) -> dict[str, int]:

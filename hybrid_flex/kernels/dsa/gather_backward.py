@@ -360,7 +360,7 @@ def launch_gather_backward(
     strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     tiles = narrow_tiles(group, width, size, limit)
     if tiles is not None and (dv is not None or D == V):
-        launchable(narrow_kernel)[(B * T * HKV * -(-group // tiles["BH"]),)](
+        launchable(narrow_kernel, q)[(B * T * HKV * -(-group // tiles["BH"]),)](
             q, k, v, indices, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T, J,
             *strides, **constants, ONE_SUM=dv is None, **tiles, num_stages=tiles["STAGES"],
         )  # fmt: skip
@@ -372,7 +372,7 @@ def launch_gather_backward(
     tiles = weight_tiles(group, width, size, limit)
     for first in range(0, B * T, most):
         number = min(most, B * T - first)
-        launchable(weights_kernel)[(number * HKV * -(-group // tiles["BH"]),)](
+        launchable(weights_kernel, q)[(number * HKV * -(-group // tiles["BH"]),)](
             q, k, v, indices, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
             **constants, **tiles, SLOT_TILE=SLOT_TILE, num_stages=tiles["STAGES"],
         )  # fmt: skip
@@ -380,7 +380,7 @@ def launch_gather_backward(
             cut = row_tiles(group, end - begin, of_keys + of_values, size, limit)
             whole = (end - begin) % cut["BC"] == 0 and (not of_values or end <= V)
             grid = (-(-(end - begin) // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
-            launchable(rows_kernel)[grid](
+            launchable(rows_kernel, q)[grid](
                 e, p, q, do, k, indices, dx, dq, float(scale), S, T, J, first, number, blocks, begin // cut["BC"],
                 *strides[:9], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole, KEYS=of_keys,
                 VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,

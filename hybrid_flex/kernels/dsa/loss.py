@@ -168,7 +168,7 @@ def loss_forward(
     PRECISION = product_precision(q)
     if indices is None:
         BT, BS, warps, stages = _fitting(q, LSE, T, lambda t, s, n: (t + n * s) * width, width)
-        launchable(attention_lse_kernel)[(-(-T // BT), q.shape[2], B)](
+        launchable(attention_lse_kernel, q)[(-(-T // BT), q.shape[2], B)](
             q, k, first, last, lse, scale_log2, T, S, **sizes.heads, BT=BT, BS=BS, PRECISION=PRECISION,
             STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def loss_forward(
         for b, count, start, stop in _chunks(B, T, 5 * 4 * num_tiles, workspace_bytes):
             sums = q.new_empty((count, num_tiles, 5, stop - start), dtype=torch.float32)
             _compare(tensors, lse_idx, classes, sums, scale_log2, sizes, kpool, (b, count, start, stop), False)
-            launchable(finish_kernel)[(-(-(stop - start) // FINISH_ROWS), count)](
+            launchable(finish_kernel, q)[(-(-(stop - start) // FINISH_ROWS), count)](
                 sums, *classes, kl, lse_idx, log_N, b, start, stop, T, num_tiles, BC=BC, BLOCK=FINISH_ROWS,
                 num_warps=4, num_stages=1,
             )  # fmt: skip
@@ -185,7 +185,7 @@ def loss_forward(
     else:
         indices = indices.contiguous()
         BH, BS, warps, stages = _head_tile(sizes, q)
-        launchable(sparse_lse_kernel)[(T, _head_groups(sizes, q), B)](
+        launchable(sparse_lse_kernel, q)[(T, _head_groups(sizes, q), B)](
             q, k, indices, first, last, *classes, lse, scale_log2, query_start, T, S, indices.shape[2], **sizes.heads,
             KPOOL=kpool, BH=BH, BS=BS, PRECISION=PRECISION, STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -259,7 +259,7 @@ def _compare(
     q, q_idx = tensors[0], tensors[3]
     BT, BC, warps, stages = _dense_tile(sizes, q, q_idx)
     num_rows, num_columns = -(-(stop - start) // BT), -(-sizes.P // BC)
-    launchable(compare_kernel)[(num_rows * num_columns, count)](
+    launchable(compare_kernel, q)[(num_rows * num_columns, count)](
         *tensors, lse_idx, *classes, out, scale_log2, out.stride(1) if backward else 16, b, start, stop, sizes.T,
         sizes.S, sizes.P, num_rows, num_columns, **sizes.heads, **sizes.index, KPOOL=kpool, BT=BT, BC=BC, GROUP=GROUP,
         DS_SCALE=ds_scale, BACKWARD=backward, PRECISION=product_precision(q),
@@ -304,11 +304,11 @@ def _dense_backward(
         b, count, start, stop = chunk
         ds = q_idx.new_empty((count, stop - start, stride))
         _compare(tensors, lse_idx, classes, ds, scale_log2, sizes, kpool, chunk, True, ds_scale)
-        launchable(query_gradient_kernel)[(-(-(stop - start) // BT) * HI, count)](
+        launchable(query_gradient_kernel, q_idx)[(-(-(stop - start) // BT) * HI, count)](
             grad, ds, q_idx, k_idx, w, *classes, dq, dw, 1.0 / (B * T * ds_scale), stride, b, start, stop, T, P,
             **sizes.index, BT=BT, BC=BC, PRECISION=precision, STAGES=stages, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        launchable(key_gradient_kernel)[(num_classes, groups, count)](
+        launchable(key_gradient_kernel, q_idx)[(num_classes, groups, count)](
             ds, q_idx, k_idx, w_scaled, *classes, *seen, dk, stride, b, start, stop, T, P, B, **sizes.index,
             HEADS=heads, BT=BT_k, BC=BC_k, PRECISION=precision, STAGES=stages_k, num_warps=warps_k,
             num_stages=stages_k,
@@ -334,13 +334,13 @@ def _sparse_compare(
     rows, groups, J = stop - start, _head_groups(sizes, q), indices.shape[2]
     P = q.new_empty((count, rows, groups, J), dtype=torch.float32)
     BH, BS, warps, stages = _head_tile(sizes, q)
-    launchable(sparse_target_kernel)[(rows, groups, count)](
+    launchable(sparse_target_kernel, q)[(rows, groups, count)](
         q, k, lse, indices, *classes, P, scale_log2, b, start, sizes.T, sizes.S, J, **sizes.heads, KPOOL=kpool, BH=BH,
         BS=BS, PRECISION=product_precision(q), STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     width = sizes.index["BD"] * q_idx.element_size()
     BHI, BS, warps, stages = _fitting(q_idx, HEADS, sizes.index["HI"], lambda h, s, n: (h + n * s) * width, width)
-    launchable(sparse_compare_kernel)[(rows, count)](
+    launchable(sparse_compare_kernel, q_idx)[(rows, count)](
         q_idx, k_idx, w, P, indices, *classes, *outputs, b, start, sizes.T, sizes.P, J, **sizes.index, GROUPS=groups,
         BHI=BHI, BS=BS, BACKWARD=backward, PRECISION=product_precision(q_idx), STAGES=stages, num_warps=warps,
         num_stages=stages,
@@ -390,7 +390,7 @@ def _sparse_backward(
         ds = q_idx.new_empty((count, stop - start, J), dtype=torch.float32)
         outputs = (lse_idx, ds, ds)
         _sparse_compare(tensors, indices, classes, outputs, scale_log2, sizes, kpool, chunk, True)
-        launchable(sparse_gradient_kernel)[(stop - start, -(-HI // BHI), count)](
+        launchable(sparse_gradient_kernel, q_idx)[(stop - start, -(-HI // BHI), count)](
             grad, ds, q_idx, k_idx, w, w_scaled, indices, *classes, dq, dk, dw, 1.0 / (B * T * ds_scale), b, start,
             T, P, J, **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale, PRECISION=product_precision(q_idx),
             STAGES=stages, num_warps=warps, num_stages=stages,

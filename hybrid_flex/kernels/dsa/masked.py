@@ -226,10 +226,10 @@ def launch_pack(indices: Tensor, num_keys: int, group: int) -> tuple[Tensor, Ten
     tiles, blocks = -(-T // tile), -(-num_keys // BLOCK)
     bits = indices.new_zeros((B, tiles * tile, blocks * (BLOCK // 32)), dtype=torch.int32)
     sizes = (J, num_keys, T, *bits.shape[1:])
-    launchable(pack_kernel)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOTS, num_warps=4)
+    launchable(pack_kernel, indices)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOTS, num_warps=4)
     touched = indices.new_empty((B, tiles, blocks), dtype=torch.uint8)
     grid = (B * tiles, -(-bits.shape[2] // WORDS))
-    launchable(touch_kernel)[grid](bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORDS, BLOCK=BLOCK, num_warps=4)
+    launchable(touch_kernel, indices)[grid](bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORDS, BLOCK=BLOCK, num_warps=4)
     return bits, touched
 
 
@@ -240,7 +240,7 @@ def launch_lists(touched: Tensor) -> tuple[Tensor, Tensor]:
     number = touched.new_empty((B, rows), dtype=torch.int32)
     order = touched.new_empty((B, rows, columns), dtype=torch.int32)
     sizes = (rows, columns, *touched.stride())
-    launchable(list_kernel)[(B * rows,)](touched, number, order, *sizes, BC=COLUMNS, num_warps=4)
+    launchable(list_kernel, touched)[(B * rows,)](touched, number, order, *sizes, BC=COLUMNS, num_warps=4)
     return number, order
 
 
@@ -260,7 +260,7 @@ def launch_masked(
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     tiles = tiles_of_keys(((128, 2), (64, 2), (32, 1)), constants, constants["BD"], q)
     num_tiles = selection.order.shape[1]
-    launchable(masked_kernel)[(q.shape[0] * k.shape[2] * num_tiles,)](
+    launchable(masked_kernel, q)[(q.shape[0] * k.shape[2] * num_tiles,)](
         q, k, v, *selection, o, lse, float(scale), q.shape[1], k.shape[1], *selection.sizes,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, num_stages=tiles["STAGES"],
     )  # fmt: skip

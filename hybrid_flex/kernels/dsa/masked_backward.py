@@ -157,13 +157,13 @@ def launch_masked_backward(
     numbers = (float(scale), q.shape[1], k.shape[1], *selection.sizes)
     (B, HKV), (_, _, num_tiles, num_blocks) = (q.shape[0], k.shape[2]), selection.sizes
     tiles = tiles_of_keys(((64, 2), (32, 2), (32, 1)), constants, constants["BD"] + constants["BV"], q)
-    launchable(masked_queries_kernel)[(B * HKV * num_tiles,)](
+    launchable(masked_queries_kernel, q)[(B * HKV * num_tiles,)](
         q, k, v, *selection, o, lse, do, dlse, delta, dq, *numbers, *strides, **constants, **tiles,
         num_stages=tiles["STAGES"],
     )  # fmt: skip
     tiles = tiles_of_queries(constants["BG"])
     parts = constants["BLOCK"] // tiles["BN"]
-    launchable(masked_keys_kernel)[(B * HKV * num_blocks * parts,)](
+    launchable(masked_keys_kernel, q)[(B * HKV * num_blocks * parts,)](
         q, k, v, selection.bits, *by_keys, lse, do, delta, dk, dv, *numbers, *strides, **constants, ROWS=ROWS, **tiles,
         num_stages=tiles["STAGES"],
     )  # fmt: skip

@@ -189,6 +189,8 @@ def select_kernel(
     lay, their columns in ``p_kept [batch, rows, spans, 2, WIDTH]``.
     """
     i_span, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if i_r >= rows:  # a launch without queries has a program nevertheless
+        return
     i_row = (i_b * rows + i_r).to(tl.int64)
     i_k = tl.arange(0, BK)[None, :]
     m_k = i_k < TOPK

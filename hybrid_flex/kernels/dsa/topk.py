@@ -3,17 +3,19 @@
     scores -> select -> indices        few rows of many keys: scores -> select, spans of a row -> select -> indices
 
 Nothing waits for the device, and nothing of size T x S is made: WORKSPACE_BYTES bound scores and candidates,
-whatever T and S are.
+whatever T and S are.  The same launcher is traced into graphs that leave B, T and S open: NOTE [Open sizes].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device
+from hybrid_flex.checks import is_plain
+from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device, upper_bound
 
 from .scores import few_scores_kernel, scores_kernel
 from .select import select_kernel
@@ -35,6 +37,34 @@ MAX_REGISTERS = 128
 ENOUGH_BLOCKS = 256
 """Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
 SPAN_WIDTHS = 4
+MOST_ROWS = 65535 // QUERY_TILE * QUERY_TILE
+"""Queries of one launch: CUDA's grids are no higher than 65535."""
+
+# NOTE [Open sizes]
+# A graph that leaves B, T or S open holds a fixed number of launches: one for each block of queries, of all batch
+# entries, that the largest sizes need; where nothing bounds T or S they count as OPEN_LENGTH, B as OPEN_BATCH, and
+# there are MOST_BLOCKS blocks at most.  When the graph runs, a block takes as many queries as the workspace holds for
+# the sizes of the day, so that most calls are served by the first, and the others, which begin after the last query,
+# are launches of programs that return at once.  Where that would leave queries over, beyond the assumed sizes or
+# because MOST_BLOCKS are too few, every block takes T / blocks of them and the workspace grows.  A graph of one query
+# has one block whatever B is: its scores take 4 bytes for each index key, which has 100 or more itself.
+# Nothing may ask a question about an open size, which would bind the graph to lengths of the same answer: what is left
+# out for small sizes elsewhere is left out here only if it is for all sizes within the bounds.
+# AOTInductor compiles every launch on its own, which is why MOST_BLOCKS are not more.
+MOST_BLOCKS = 32
+OPEN_LENGTH = 131072
+OPEN_BATCH = 16
+
+
+class _Block(NamedTuple):
+    """Queries that one launch of each kernel serves."""
+
+    batch: slice | None
+    """Batch entries; None for all."""
+    start: int
+    count: int
+    room: int
+    """Queries that the workspace has room for, ``count`` at least; of one size for all blocks of open sizes."""
 
 
 class _Rows(NamedTuple):
@@ -44,8 +74,10 @@ class _Rows(NamedTuple):
     last: Tensor | None
     table: Tensor | None
     """Pages of each batch entry, ``[batch, PAGES]``, where the keys are a pool of pages."""
+    batch: int
     start: int
     count: int
+    room: int
     numbers: tuple[int, int, int]
     """T, S and the position of query 0 among the keys."""
     flags: dict[str, Any]
@@ -90,32 +122,57 @@ def lightning_topk(
     Returns:
         int32 ``[B, T, topk]``, ascending, -1 in unused slots at the end.
     """
-    (B, T), page, num_pages = q_idx.shape[:2], 0, 0
-    S = k_idx.shape[1]
+    (B, T, S), page, num_pages = _sizes(q_idx, k_idx, block_table), 0, 0
     if block_table is not None:
-        page, num_pages = (int(n) for n in (S, block_table.shape[1]))
-        block_table, S = block_table.contiguous(), page * num_pages
+        page, num_pages, block_table = k_idx.shape[1], block_table.shape[1], block_table.contiguous()
+        if not (isinstance(page, int) and isinstance(num_pages, int)):
+            rule = "have a fixed size, like its pages, in a graph that leaves other sizes open"
+            raise ValueError(f"lightning_topk: block_table must {rule}, got open ones")
     q_idx, w = q_idx.contiguous(), w.contiguous()
     k_idx = k_idx if k_idx.stride(2) == 1 else k_idx.contiguous()
-    indices = torch.empty((B, T, topk), dtype=torch.int32, device=q_idx.device)
+    indices = _integers(q_idx, B, T, topk)
     first, last = (None, None) if ranges is None else ranges
     sees = "length" if lengths is not None else "all" if ranges is None else "range"
     flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "SEES": sees}
-    num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
-    for b in range(0, B, num_batch):
-        batch = slice(b, min(b + num_batch, B))
-        own, table = (batch, None) if block_table is None else (slice(None), block_table[batch])
-        keys, scale = k_idx[own], None if key_scale is None else key_scale[own]
-        last = last if lengths is None else lengths[batch]
-        for start in range(0, T, num_rows):
-            stop = min(start + num_rows, T)
-            upper = min(S, (query_start + stop) // kpool) if causal and lengths is None else S
-            rows = _Rows(first, last, table, start, stop - start, (T, S, query_start), flags)
-            scores = indices
-            if upper > topk:
-                scores = _score(q_idx[batch], keys, w[batch], scale, rows, upper, {"PAGE": page, "PAGES": num_pages})
-            _select(scores, rows, max(upper, 1), topk, indices[batch])
+    if lengths is not None and not is_plain(lengths):
+        lengths = lengths.clone()  # torch takes what stores depend on for written, and a graph's input would be
+    is_open = not all(isinstance(n, int) for n in (B, T, S))
+    for block in (_open_blocks if is_open else _blocks)(B, T, S, topk, workspace_bytes):
+
+        def own(x: Tensor | None, batch: slice | None = block.batch) -> Any:
+            return x if x is None or batch is None else x[batch]
+
+        keys, scale = (k_idx, key_scale) if page else (own(k_idx), own(key_scale))
+        stop, out = block.start + block.count, own(indices)
+        upper = torch.sym_min(S, (query_start + stop) // kpool) if causal and lengths is None else S
+        own_last = last if lengths is None else own(lengths)
+        num_batch = B if block.batch is None else out.shape[0]
+        rows = _Rows(first, own_last, own(block_table), num_batch, *block[1:], (T, S, query_start), flags)
+        if upper_bound(upper) > topk:
+            columns, pages = S if is_open else upper, {"PAGE": page, "PAGES": num_pages}
+            scores = _score(own(q_idx), keys, own(w), scale, rows, upper, columns, pages)
+        else:
+            scores = _unread(out)
+        _select(scores, rows, torch.sym_max(upper, 1), topk, out)
     return indices
+
+
+def _sizes(q_idx: Tensor, k_idx: Tensor, block_table: Tensor | None) -> tuple[int, int, int]:
+    """Return B, T and S."""
+    B, T = q_idx.shape[:2]
+    return B, T, k_idx.shape[1] * (1 if block_table is None else block_table.shape[1])
+
+
+def _unread(x: Tensor) -> Tensor:
+    """Return what stands for a pointer that a kernel does not use: x, or memory of its own while a graph is traced.
+
+    There a tensor that is passed as two arguments, each of which the kernel may write, would be copied for one of them.
+    """
+    return x if is_plain(x) else x.new_empty((1,) * x.dim())
+
+
+def _integers(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
 def _width(topk: int) -> int:
@@ -123,18 +180,48 @@ def _width(topk: int) -> int:
     return min(max(4 * next_power_of_2(topk), 2048), MAX_WIDTH)
 
 
+def _row_bytes(S: int, topk: int) -> int:
+    """Return what scores and candidates of one query take."""
+    width = _width(topk)
+    return 4 * S + 64 + (8 * width if width < upper_bound(S) else 0)
+
+
 def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
     """Return how many batch entries and queries of each the workspace holds: whole tiles of queries, if it can."""
-    row_bytes, width = 4 * S + 64, _width(topk)
-    if width < S:
-        row_bytes += 8 * width
+    row_bytes, width = _row_bytes(S, topk), _width(topk)
     most = workspace_bytes // row_bytes
     if most < ENOUGH_BLOCKS and 2 * SPAN_WIDTHS * width <= S:  # spans have candidates and results of their own
         most = (workspace_bytes - ENOUGH_BLOCKS * 8 * (width + topk)) // row_bytes
     most = max(1, most)
-    if most >= T:
+    if most >= T and T <= MOST_ROWS:
         return max(1, min(B, most // max(T, 1))), max(T, 1)
-    return 1, most // QUERY_TILE * QUERY_TILE or most
+    return 1, min(most // QUERY_TILE * QUERY_TILE or most, MOST_ROWS)
+
+
+def _blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator[_Block]:
+    """Cut queries into blocks that the workspace holds."""
+    num_batch, num_rows = _rows_at_once(B, T, S, topk, workspace_bytes)
+    for b in range(0, B, num_batch):
+        batch = slice(b, min(b + num_batch, B)) if num_batch < B else None
+        for start in range(0, T, num_rows):
+            count = min(num_rows, T - start)
+            yield _Block(batch, start, count, count)
+
+
+def _open_blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator[_Block]:
+    """Cut queries into a fixed number of blocks, of which the last may be empty: NOTE [Open sizes]."""
+    most_B, most_T, most_S = upper_bound(B, OPEN_BATCH), upper_bound(T, OPEN_LENGTH), upper_bound(S, OPEN_LENGTH)
+    fewest = max(1, min(workspace_bytes // (most_B * _row_bytes(most_S, topk)), MOST_ROWS))
+    tile = QUERY_TILE if fewest >= QUERY_TILE else 1
+    number = min(-(-most_T // (fewest // tile * tile)), MOST_BLOCKS)
+    if number == 1:
+        yield _Block(None, 0, T, T)
+        return
+    held = workspace_bytes // (B * _row_bytes(S, topk)) // tile * tile
+    enough = (T + number * tile - 1) // (number * tile) * tile
+    room = torch.sym_min(T, torch.sym_max(torch.sym_min(held, MOST_ROWS), enough))
+    for i in range(number):
+        yield _Block(None, i * room, torch.sym_max(torch.sym_min(room, T - i * room), 0), room)
 
 
 def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
@@ -149,12 +236,16 @@ def _tiles(device: torch.device, row_bytes: int) -> tuple[int, int]:
 
 
 def _score(
-    q_idx: Tensor, k_idx: Tensor, w: Tensor, scale: Tensor | None, rows: _Rows, upper: int, pages: dict[str, int]
-) -> Tensor:
-    """Return sortable scores ``[batch, rows, columns]`` of keys 0 to ``upper``; where a query sees none, noise."""
-    B, _, HI, DI = (int(n) if i > 1 else n for i, n in enumerate(q_idx.shape))
-    columns = (upper + 15) // 16 * 16
-    keys = torch.empty((B, rows.count, columns), dtype=torch.int32, device=q_idx.device)
+    q_idx: Tensor, k_idx: Tensor, w: Tensor, scale: Tensor | None, rows: _Rows, upper: int, columns: int,
+    pages: dict[str, int],
+) -> Tensor:  # fmt: skip
+    """Return sortable scores ``[batch, rows, columns]`` of keys 0 to ``upper``; where a query sees none, noise.
+
+    ``columns``, of which there are at least ``upper``, are rounded up to whole vectors.
+    """
+    B, HI, DI = rows.batch, *map(int, q_idx.shape[2:])
+    num_rows, columns = torch.sym_max(rows.count, 1), torch.sym_max((columns + 15) // 16 * 16, 16)
+    keys = _integers(q_idx, B, rows.room, columns)
     strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), 0 if scale is None else scale.stride(0))
     numbers = (rows.start, rows.count, *rows.numbers)
     tensors = (q_idx, k_idx, w, w if scale is None else scale, *rows.pointers(w), keys)
@@ -162,14 +253,15 @@ def _score(
     key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
     keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages, "SCALED": scale is not None}
     keywords["PRECISION"] = "ieee" if q_idx.dtype == torch.float32 else "tf32"
-    num_tiles = -(-columns // key_tile)
-    if rows.count < FEW_QUERIES:
+    num_tiles = torch.sym_max(((upper + 15) // 16 * 16 + key_tile - 1) // key_tile, 1)
+    if upper_bound(rows.count) < FEW_QUERIES:
         heads = max(16, next_power_of_2(HI))
-        launchable(few_scores_kernel)[(num_tiles, rows.count, B)](
+        launchable(few_scores_kernel, q_idx)[(num_tiles, num_rows, B)](
             *tensors, *strides, columns, *numbers, **keywords, BH=heads, num_warps=4, num_stages=1
         )
         return keys
-    launchable(scores_kernel)[(num_tiles, -(-rows.count // QUERY_TILE), B)](
+    grid = (num_tiles, (num_rows + QUERY_TILE - 1) // QUERY_TILE, B)
+    launchable(scores_kernel, q_idx)[grid](
         *tensors, *strides, columns, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4, num_stages=stages
     )
     return keys
@@ -177,27 +269,33 @@ def _score(
 
 def _spans(num_rows: int, upper: int, width: int, topk: int) -> int:
     """Return into how many spans to cut rows: as many as keep the GPU busy, of several widths each."""
-    return max(1, min(ENOUGH_BLOCKS // num_rows, upper // max(SPAN_WIDTHS * width, 4 * topk)))
+    return torch.sym_max(1, torch.sym_min(ENOUGH_BLOCKS // num_rows, upper // max(SPAN_WIDTHS * width, 4 * topk)))
 
 
 def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -> None:
     """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
-    B, columns, first_round = indices.shape[0], keys, True
-    num_spans = _spans(B * rows.count, upper, _width(topk), topk)
+    B, num_rows, columns, first_round, num_spans = rows.batch, torch.sym_max(rows.count, 1), keys, True, 1
+    # Of open sizes only those of few queries: the others would write results of one span, mostly, to read them again.
+    if isinstance(rows.count, int) or upper_bound(rows.count) < FEW_QUERIES:
+        num_spans = _spans(B * num_rows, upper, _width(topk), topk)
+        num_spans = 1 if upper_bound(num_spans) == 1 else num_spans
+    seen = [_unread(keys) if x is None else x for x in (rows.first, rows.last)]
+    # Torch's compiler does not pass this on: of its launches of 8192 candidates one fills a multiprocessor of 9.0.
+    registers = {"maxnreg": MAX_REGISTERS} if is_plain(keys) else {}
     while True:
-        last_round = num_spans == 1
-        width = max(min(next_power_of_2(upper), _width(topk)), MIN_WIDTH)
-        span = -(-upper // num_spans // 16) * 16
-        kept = out_keys = out = indices
+        # An open number of spans may be one, but the rounds must serve them all.
+        last_round = isinstance(num_spans, int) and num_spans == 1
+        width = max(min(next_power_of_2(upper_bound(upper)), _width(topk)), MIN_WIDTH)
+        span = ((upper + num_spans - 1) // num_spans + 15) // 16 * 16
+        kept, out_keys, out = _unread(indices), _unread(indices), indices
         if not last_round:
-            out_keys, out = (keys.new_empty((B, rows.count, num_spans * topk)) for _ in range(2))
-        if span > width:
-            kept = keys.new_empty((B, rows.count, num_spans, 2, width))
-        launchable(select_kernel)[(num_spans, rows.count, B)](
-            keys, columns, kept, *rows.pointers(keys)[1:], out_keys, out, keys.stride(1), indices.stride(0), rows.start,
+            out_keys, out = (_integers(keys, B, rows.room, num_spans * topk) for _ in range(2))
+        if upper_bound(span) > width:
+            kept = _integers(keys, B, rows.room, num_spans, 2, width)
+        launchable(select_kernel, keys)[(num_spans, num_rows, B)](
+            keys, columns, kept, *seen, out_keys, out, keys.stride(1), indices.stride(0), rows.start,
             rows.count, *rows.numbers, upper, span, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),
-            FIRST=first_round, LAST=last_round, num_warps=max(1, width // WARP_WIDTH), num_stages=1,
-            maxnreg=MAX_REGISTERS,
+            FIRST=first_round, LAST=last_round, num_warps=max(1, width // WARP_WIDTH), num_stages=1, **registers,
         )  # fmt: skip
         if last_round:
             return

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.checks import (
     FLOATING,
@@ -23,6 +24,7 @@ from hybrid_flex.checks import (
     check_dtype,
     check_rank,
     check_shape,
+    is_exporting,
 )
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.quantize import check_fp8, quantize, rounded
@@ -182,19 +184,9 @@ def _lightning_topk(
 ) -> Tensor:
     batch_size, num_queries, num_heads, _ = q_idx.shape
     num_keys = k_idx.shape[1] if block_table is None else k_idx.shape[1] * block_table.shape[1]
-    if has_kernels(q_idx) and num_keys > 0 and batch_size * num_queries > 0:
-        from hybrid_flex.kernels.dsa import topk as kernels
-
-        if topk <= kernels.MAX_TOPK:
-            ranges = None
-            if cu_seqlens is not None:
-                ranges = visible_ranges(num_queries, num_keys, False, 0, cu_seqlens, 1, q_idx.device)
-            key_scale = None
-            if fp8:
-                (q_idx, query_scale), (k_idx, key_scale) = quantize(q_idx), quantize(k_idx)
-                w = w.float() * query_scale
-            options = (topk, causal, query_start, ranges, kpool, lengths, block_table)
-            return kernels.lightning_topk(q_idx, k_idx, w, *options, key_scale=key_scale)
+    if _is_in_kernels(q_idx, topk) and num_keys > 0 and batch_size * num_queries > 0:
+        options = (topk, causal, query_start, cu_seqlens, kpool, lengths, block_table, fp8)
+        return _in_kernels(q_idx, k_idx, w, *options)
     indices = q_idx.new_full((batch_size, num_queries, topk), -1, dtype=torch.int32)
     if num_keys == 0 or indices.numel() == 0:
         return indices
@@ -225,6 +217,66 @@ def _lightning_topk(
     return indices
 
 
+def _is_in_kernels(q_idx: Tensor, topk: int) -> bool:
+    """Tell whether the kernels serve these queries."""
+    if not has_kernels(q_idx):
+        return False
+    from hybrid_flex.kernels.dsa.topk import MAX_TOPK
+
+    return topk <= MAX_TOPK
+
+
+def _in_kernels(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w: Tensor,
+    topk: int,
+    causal: bool,
+    query_start: int,
+    cu_seqlens: Tensor | None,
+    kpool: int,
+    lengths: Tensor | None,
+    block_table: Tensor | None,
+    fp8: bool,
+) -> Tensor:
+    from hybrid_flex.kernels.dsa import topk as kernels
+
+    ranges = None
+    if cu_seqlens is not None:
+        ranges = visible_ranges(q_idx.shape[1], k_idx.shape[1], False, 0, cu_seqlens, 1, q_idx.device)
+    key_scale = None
+    if fp8:
+        (q_idx, query_scale), (k_idx, key_scale) = quantize(q_idx), quantize(k_idx)
+        w = w.float() * query_scale
+    options = (topk, causal, query_start, ranges, kpool, lengths, block_table)
+    return kernels.lightning_topk(q_idx, k_idx, w, *options, key_scale=key_scale)
+
+
+@torch.library.triton_op("hybrid_flex::lightning_topk_cuda", mutates_args=())
+@in_its_own_precision
+def _cuda_topk(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w: Tensor,
+    topk: int,
+    causal: bool,
+    query_start: int,
+    cu_seqlens: Tensor | None,
+    kpool: int,
+    lengths: Tensor | None = None,
+    block_table: Tensor | None = None,
+    fp8: bool = False,
+) -> Tensor:
+    """Do what lightning_topk does for tensors that the kernels serve, in a number of launches that a graph can hold."""
+    if not _is_in_kernels(q_idx, topk):
+        rule = "q_idx must be on CUDA and not float64, and topk at most 8192"
+        raise RuntimeError(f"lightning_topk_cuda: {rule}, got {q_idx.device}, {q_idx.dtype}, topk = {topk}")
+    if statically_known_true(q_idx.shape[0] * q_idx.shape[1] * k_idx.shape[1] == 0):
+        return q_idx.new_full((q_idx.shape[0], q_idx.shape[1], topk), -1, dtype=torch.int32)
+    return _in_kernels(q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool, lengths, block_table, fp8)
+
+
+@_cuda_topk.register_fake
 @_lightning_topk.register_fake
 def _(
     q_idx: Tensor,
@@ -403,9 +455,12 @@ def lightning_topk(
             device=q_idx.device,
         )
         return reference_topk(reference_scores(q_idx, k_idx, w), visible, topk)
-    indices: Tensor = torch.ops.hybrid_flex.lightning_topk(
-        q_idx, k_idx, w, topk, causal, query_start, cu_seqlens, kpool, lengths, block_table, fp8
-    )
+    # A program that is exported takes the form whose kernels a package can carry; elsewhere one without a bound on its
+    # launches serves, which a graph need not hold.
+    is_carried = is_exporting() and _is_in_kernels(q_idx, topk)
+    operator = torch.ops.hybrid_flex.lightning_topk_cuda if is_carried else torch.ops.hybrid_flex.lightning_topk
+    options = (topk, causal, query_start, cu_seqlens, kpool, lengths, block_table, fp8)
+    indices: Tensor = operator(q_idx, k_idx, w, *options)
     return indices
 
 

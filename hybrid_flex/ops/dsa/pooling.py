@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_flex.checks import FLOATING, INTEGER, check, check_dtype, check_rank, check_shape
+from hybrid_flex.checks import FLOATING, INTEGER, check, check_dtype, check_rank, check_shape, is_plain
+from hybrid_flex.ops.dispatch import has_kernels
 
 
 def pool_index_keys(k_idx: Tensor, gate: Tensor, ape: Tensor, kpool: int) -> Tensor:
@@ -71,7 +72,7 @@ def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int | Tensor 
         ValueError: wrong rank, ``kpool < 1``.
         TypeError: ``pool_indices`` is not int32 or int64.
 
-    Device: any; plain tensor code.
+    Device: any; plain tensor code, and one Triton kernel on CUDA outside of traced graphs.
     Source: GLM-5.3-Flash, pooled lightning indexer.
 
     Example:
@@ -86,7 +87,16 @@ def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int | Tensor 
         check_shape(op, "query_start", query_start, (pool_indices.shape[0],), "[B]")
         check_dtype(op, "query_start", query_start, INTEGER)
     device = pool_indices.device
-    num_queries, num_slots = pool_indices.shape[1], pool_indices.shape[2]
+    batch_size, num_queries, num_slots = pool_indices.shape
+    # A compiler makes one kernel of what follows; run one by one these are ten passes over the result.
+    if has_kernels(pool_indices) and is_plain(pool_indices) and not torch.compiler.is_compiling():
+        from hybrid_flex.kernels.dsa.pools import launch_expand
+
+        width = num_slots * kpool + kpool - 1
+        found = pool_indices.new_empty((batch_size, num_queries, width), dtype=torch.int32)
+        if batch_size * num_queries > 0:
+            launch_expand(pool_indices, kpool, query_start, found)
+        return found
     slot = torch.arange(kpool, device=device, dtype=torch.int32)
     tokens = (pool_indices.int()[..., None] * kpool + slot).flatten(-2)
     tokens = torch.nn.functional.pad(tokens, (0, kpool - 1), value=-1)

@@ -76,7 +76,7 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@plain_form("lightning_topk")
+@plain_form("lightning_topk", "lightning_topk_cuda")
 @in_its_own_precision
 def traced_topk(
     q_idx: Tensor,
@@ -120,7 +120,7 @@ def traced_topk(
     return _over_blocks(step, [(x, 0) for x in xs], _block_size(SCORED_ROWS // num_heads), (keys,))[0]
 
 
-@plain_form("sparse_attention_gather", "sparse_attention_flex")
+@plain_form("sparse_attention_gather", "sparse_attention_flex", "sparse_attention_masked")
 @in_its_own_precision
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend as `sparse_attention` does, with the operator's arguments: ``o [B, T, H, Dv]`` and ``lse [B, T, H]``."""
@@ -128,6 +128,14 @@ def traced_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: fl
     if not (isinstance(q.shape[1], int) and q.shape[1] == 1) and statically_known_true(k.shape[1] <= most):
         return _attend_under_mask(q, k, v, indices, scale)
     return _attend_to_rows(q, k, v, indices, scale)
+
+
+@plain_form("sparse_attention_cuda", "sparse_attention_hopper")
+def traced_cuda_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Attend as `traced_attention` does; with ``value_dim > 0`` to values that are the keys' first columns."""
+    return traced_attention(q, k, k[..., :value_dim] if value_dim > 0 else v, indices, scale)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

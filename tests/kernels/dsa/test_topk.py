@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx.experimental import _config as symbolic_shapes
 
 from hybrid_flex.kernels.dsa import topk as launcher
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
@@ -163,3 +167,121 @@ def test_eight_bits(device: str) -> None:
     eight = (x.to(device, torch.float8_e4m3fn) for x in (q, k))
     got = launcher.lightning_topk(*eight, w.to(device), 9, False, 0, None, 1, key_scale=scale.to(device))
     assert torch.equal(got.cpu(), expects)
+
+
+class OpenSizes:
+    """Run the launcher as a graph would that leaves sizes open: it sees symbols, kernels and memory their values.
+
+    Args:
+        patch: what hides the launcher's own sizes.
+        bounds: largest value of each open size, None without one, by the name of the size: B, T or S.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, **bounds: int | None) -> None:
+        names, example = list(bounds), tuple(torch.empty(3 + i) for i in range(len(bounds)))
+        limits = ({} if most is None else {"max": most} for most in bounds.values())
+        dims = tuple({0: Dim.DYNAMIC(min=1, **limit)} for limit in limits)
+        forward = nn.Sequential()
+        forward.forward = lambda *x: [t + 1 for t in x]  # type: ignore[method-assign]
+        with symbolic_shapes.patch(backed_size_oblivious=True):
+            program = torch.export.export(forward, example, dynamic_shapes=(dims,))
+        inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+        self.symbols = {name: x.shape[0] for name, x in zip(names, inputs, strict=True)}
+        self.values: dict[Any, int] = {}
+        self.launches: list[tuple[int, ...]] = []
+        self.allocated = 0
+        empty, sizes, launchable = launcher.torch.empty, launcher._sizes, launcher.launchable
+
+        def open_sizes(q_idx: Tensor, k_idx: Tensor, table: Tensor | None) -> tuple[Any, ...]:
+            given = dict(zip("BTS", sizes(q_idx, k_idx, table), strict=True))
+            self.values = {x.node.expr: given[name] for name, x in self.symbols.items()}
+            return tuple(self.symbols.get(name, n) for name, n in given.items())
+
+        def allocate(shape: tuple[Any, ...], **kind: Any) -> Tensor:
+            x = empty(tuple(map(self.value, shape)), **kind)
+            self.allocated += x.nbytes
+            return x
+
+        def launched(kernel: Any, x: Tensor) -> Any:
+            return _Launched(self, launchable(kernel, x))
+
+        patch.setattr(launcher.torch, "empty", allocate)
+        patch.setattr(launcher, "_sizes", open_sizes)
+        patch.setattr(launcher, "launchable", launched)
+        self.guards = lambda: inputs[0].fake_mode.shape_env.guards
+
+    def value(self, x: Any) -> Any:
+        """Return what a symbol stands for; all else as it is."""
+        return int(x.node.expr.subs(self.values)) if isinstance(x, torch.SymInt) else x
+
+
+class _Launched:
+    def __init__(self, sizes: OpenSizes, kernel: Any) -> None:
+        self.sizes, self.kernel = sizes, kernel
+
+    def __getitem__(self, grid: tuple[Any, ...]) -> Any:
+        grid = tuple(map(self.sizes.value, grid))
+        assert min(grid) >= 1, "a grid of no programs cannot be launched"
+        self.sizes.launches.append(grid)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            constants = [name for name, x in kwargs.items() if isinstance(x, torch.SymInt)]
+            assert not constants, f"{constants} would be compiled for one size"
+            self.kernel[grid](*map(self.sizes.value, args), **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 63, 65, 130])
+@pytest.mark.parametrize(("most", "launches"), [(130, 6), (None, 64)], ids=["bounded", "unbounded"])
+def test_open_sizes(T: int, most: int | None, launches: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workspace holds 64 queries of two entries at the largest sizes, or less than one: launches stay the same."""
+    sizes = OpenSizes(monkeypatch, B=2 if most else None, T=most, S=most)
+    x = inputs(2, T, T, 1, 16)
+    bytes_at_most = 2 * 64 * (4 * 130 + 64)
+    got = launcher.lightning_topk(*(t.to(device) for t in x), 9, True, 0, None, 1, workspace_bytes=bytes_at_most)
+    assert torch.equal(got.cpu(), expected(x, 9, 0, True, 1))
+    assert len(sizes.launches) == launches and not sizes.guards()
+    if most:
+        assert sizes.allocated - got.nbytes <= 3 * (bytes_at_most + 2 * 64 * 4 * 16)
+
+
+@pytest.mark.parametrize("S", [1, 3, 20, 300])
+@pytest.mark.parametrize("T", [1, 70])
+def test_open_keys_fewer_or_more_than_slots(T: int, S: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left out for few keys, and candidates have the width of the most."""
+    sizes = OpenSizes(monkeypatch, T=100, S=5000)
+    for causal, start in ((True, S - 1), (False, 0)):
+        x = inputs(2, T, S, 2, 16)
+        got = launcher.lightning_topk(*(t.to(device) for t in x), 20, causal, start, None, 1)
+        assert torch.equal(got.cpu(), expected(x, 20, start, causal, 1))
+    assert len(sizes.launches) == 4 and not sizes.guards()
+
+
+def test_open_pools_of_which_there_are_none_yet(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    OpenSizes(monkeypatch, T=100, S=25)
+    for T, S in ((3, 0), (40, 10)):
+        x = inputs(1, T, S, 1, 16)
+        got = launcher.lightning_topk(*(t.to(device) for t in x), 4, True, 0, None, 4, workspace_bytes=10_000)
+        assert torch.equal(got.cpu(), expected(x, 4, 0, True, 4) if S else torch.full((1, T, 4), -1).int())
+
+
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("paged", [False, True], ids=["whole", "pages"])
+def test_open_batch_of_caches_in_spans(B: int, paged: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step: one query for each of B caches of fixed size, whose rows are cut into spans."""
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
+    monkeypatch.setattr(launcher, "SPAN_WIDTHS", 1)
+    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", 4)
+    (q, k, w), lengths = inputs(B, 1, 4096, 1, 16), torch.tensor([4096, 2, 1500])[:B]
+    sizes = OpenSizes(monkeypatch, B=None)
+    want = reference_topk(reference_scores(q, k, w), torch.arange(4096) < lengths[:, None, None], 300)
+    table = torch.arange(B * 16).flip(0).view(B, 16) if paged else None
+    if paged:
+        k = k.view(B * 16, 256, 16).flip(0)
+    x = (t.to(device) for t in (q, k, w))
+    got = launcher.lightning_topk(
+        *x, 300, True, 0, None, 1, lengths.to(device), None if table is None else table.to(device)
+    )
+    assert torch.equal(got.cpu(), want)
+    assert [grid[0] for grid in sizes.launches[1:]] == [3 if B == 1 else 1, 1] and not sizes.guards()
