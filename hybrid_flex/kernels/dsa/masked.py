@@ -229,7 +229,9 @@ def launch_pack(indices: Tensor, num_keys: int, group: int) -> tuple[Tensor, Ten
     launchable(pack_kernel, indices)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOTS, num_warps=4)
     touched = indices.new_empty((B, tiles, blocks), dtype=torch.uint8)
     grid = (B * tiles, -(-bits.shape[2] // WORDS))
-    launchable(touch_kernel, indices)[grid](bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORDS, BLOCK=BLOCK, num_warps=4)
+    launchable(touch_kernel, indices)[grid](
+        bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORDS, BLOCK=BLOCK, num_warps=4
+    )
     return bits, touched
 
 
