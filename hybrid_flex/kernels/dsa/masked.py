@@ -47,9 +47,9 @@ BLOCK = 128
 """Keys of a block, four words."""
 WIDEST = 128
 """Columns of keys and of values that the kernels hold."""
-SLOTS = 512
-WORDS = 256
-COLUMNS = 512
+SLOT_TILE = 512
+WORD_TILE = 256
+COLUMN_TILE = 512
 
 
 @triton.jit(do_not_specialize=["J", "S", "T", "PADDED", "WORDS"])
@@ -226,11 +226,11 @@ def launch_pack(indices: Tensor, num_keys: int, group: int) -> tuple[Tensor, Ten
     tiles, blocks = -(-T // tile), -(-num_keys // BLOCK)
     bits = indices.new_zeros((B, tiles * tile, blocks * (BLOCK // 32)), dtype=torch.int32)
     sizes = (J, num_keys, T, *bits.shape[1:])
-    launchable(pack_kernel, indices)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOTS, num_warps=4)
+    launchable(pack_kernel, indices)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOT_TILE, num_warps=4)
     touched = indices.new_empty((B, tiles, blocks), dtype=torch.uint8)
-    grid = (B * tiles, -(-bits.shape[2] // WORDS))
+    grid = (B * tiles, -(-bits.shape[2] // WORD_TILE))
     launchable(touch_kernel, indices)[grid](
-        bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORDS, BLOCK=BLOCK, num_warps=4
+        bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORD_TILE, BLOCK=BLOCK, num_warps=4
     )
     return bits, touched
 
@@ -242,7 +242,7 @@ def launch_lists(touched: Tensor) -> tuple[Tensor, Tensor]:
     number = touched.new_empty((B, rows), dtype=torch.int32)
     order = touched.new_empty((B, rows, columns), dtype=torch.int32)
     sizes = (rows, columns, *touched.stride())
-    launchable(list_kernel, touched)[(B * rows,)](touched, number, order, *sizes, BC=COLUMNS, num_warps=4)
+    launchable(list_kernel, touched)[(B * rows,)](touched, number, order, *sizes, BC=COLUMN_TILE, num_warps=4)
     return number, order
 
 
