@@ -35,6 +35,7 @@ CARRIED = {
     "lightning_topk_cuda",
     "short_conv",
     "sparse_attention_cuda",
+    "sparse_attention_masked",
 }
 FORMAT = "1"
 _PREFIX = "hybrid_flex."

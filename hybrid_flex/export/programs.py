@@ -20,6 +20,7 @@ from torch.fx.experimental import _config as symbolic_shapes
 # Importing the models registers the operators and the state dataclasses, without which no program of theirs loads.
 from hybrid_flex.checks import check
 from hybrid_flex.models import HybridLanguageModel
+from hybrid_flex.ops.dispatch import lengths_up_to
 
 SUFFIX = ".pt2"
 # A zip file ends in this record of 22 bytes, when it has no comment, and torch writes none.
@@ -92,7 +93,7 @@ def export_prefill(
     seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
     example = example_input(op, model, batch_size, seq_len)
     gradients = torch.is_grad_enabled() and max_length is None
-    with torch.set_grad_enabled(gradients), asking_no_size():
+    with torch.set_grad_enabled(gradients), asking_no_size(), lengths_up_to(max_seq_len if dynamic else seq_len):
         return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
 
 

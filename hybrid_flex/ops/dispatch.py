@@ -9,6 +9,7 @@ this is the body itself.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ PLAIN_FORMS: dict[str, Callable[..., Any]] = {}
 """The plain form of each operator, by its name without the namespace."""
 
 _kernels_wanted = True
+_longest: int | None = None
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -38,6 +40,27 @@ def without_kernels() -> Iterator[None]:
         yield
     finally:
         _kernels_wanted = before
+
+
+@contextmanager
+def lengths_up_to(longest: int | None) -> Iterator[None]:
+    """Tell operators that a program is exported in the body for sequences of at most ``longest`` tokens, or of any.
+
+    While torch traces it, it does not know that bound itself.
+    """
+    global _longest
+    before, _longest = _longest, longest
+    try:
+        yield
+    finally:
+        _longest = before
+
+
+def longest(length: int) -> int:
+    """Return what a length may be at most in the program that is being exported."""
+    if isinstance(length, int):
+        return length
+    return sys.maxsize if _longest is None else _longest
 
 
 def plain_form(*names: str) -> Callable[[Operator], Operator]:

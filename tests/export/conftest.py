@@ -8,7 +8,8 @@ import pytest
 
 from hybrid_flex.ops import dispatch
 
-FAMILIES = ("kda.chunk", "kda.recurrent", "kda.short_conv", "kda.gated_norm", "dsa.indexer", "dsa.attention")
+KDA, DSA = ("chunk", "recurrent", "short_conv", "gated_norm"), ("indexer", "attention", "masked")
+FAMILIES = (*(f"kda.{name}" for name in KDA), *(f"dsa.{name}" for name in DSA))
 
 
 @pytest.fixture

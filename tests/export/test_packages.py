@@ -15,6 +15,7 @@ from hybrid_flex.export import Package, export_decode, export_prefill, load_pack
 from hybrid_flex.export.portable import operators_of
 from hybrid_flex.export.programs import traced_inputs
 from hybrid_flex.models import HybridConfig, HybridLanguageModel
+from hybrid_flex.ops.dsa import attention
 
 MAX_LENGTH = 160
 # Around chunks and blocks of 64, where the code that was compiled pads.
@@ -283,6 +284,19 @@ def test_on_cuda_kernels_travel_inside_and_no_loop(name: str, as_on_cuda: None) 
         assert all(bounds.lower == 1 for bounds in open_sizes), "no size is ruled out"
     wanted = {"lightning_topk_cuda", "sparse_attention_cuda"} | (SERVED if "K" in model.config.pattern else set())
     assert held == wanted
+
+
+@pytest.mark.parametrize(("max_length", "form"), [(300, "masked"), (500, "cuda")])
+def test_on_cuda_prefill_takes_the_form_of_its_longest_prompt(
+    max_length: int, form: str, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 16)
+    model = language_model("S").to(torch.bfloat16)
+    # A head on a key head, topk 8: worth 197 visible keys.
+    prefill = packages._carrying_kernels(export_prefill(model, max_length=max_length))
+    assert operators_of(prefill) == {"lightning_topk_cuda", f"sparse_attention_{form}"}
+    decode = packages._carrying_kernels(export_decode(model, max_length=max_length))
+    assert operators_of(decode) == {"lightning_topk_cuda", "sparse_attention_cuda"}
 
 
 @pytest.mark.gpu

@@ -203,7 +203,7 @@ def is_served(group: int, D: int, V: int, element_size: int) -> bool:
 
 def constants_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """Return the constants that every kernel takes."""
-    H, HKV, D, V = q.shape[2], k.shape[2], q.shape[3], v.shape[3]
+    H, HKV, D, V = (int(n) for n in (q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
     BD, BV = (max(NARROWEST, next_power_of_2(n)) for n in (D, V))
     sizes = {"H": H, "HKV": HKV, "D": D, "V": V, "BD": BD, "BV": BV, "BG": next_power_of_2(H // HKV)}
     return {**sizes, "BLOCK": BLOCK, "PRECISION": product_precision(q)}
@@ -223,12 +223,12 @@ def launch_pack(indices: Tensor, num_keys: int, group: int) -> tuple[Tensor, Ten
     """Pack ``indices [B, T, J]``: bits as in `Selection`, and ``touched [B, TILES, BLOCKS]``, one where tiles look."""
     B, T, J = indices.shape
     tile = queries_of_tile(group)
-    tiles, blocks = -(-T // tile), -(-num_keys // BLOCK)
+    tiles, blocks = (T + tile - 1) // tile, (num_keys + BLOCK - 1) // BLOCK
     bits = indices.new_zeros((B, tiles * tile, blocks * (BLOCK // 32)), dtype=torch.int32)
     sizes = (J, num_keys, T, *bits.shape[1:])
     launchable(pack_kernel, indices)[(B * T,)](indices.contiguous(), bits, *sizes, SLOTS=SLOT_TILE, num_warps=4)
     touched = indices.new_empty((B, tiles, blocks), dtype=torch.uint8)
-    grid = (B * tiles, -(-bits.shape[2] // WORD_TILE))
+    grid = (B * tiles, (bits.shape[2] + WORD_TILE - 1) // WORD_TILE)
     launchable(touch_kernel, indices)[grid](
         bits, touched, bits.shape[2], blocks, TILE=tile, BW=WORD_TILE, BLOCK=BLOCK, num_warps=4
     )

@@ -38,12 +38,12 @@ from hybrid_flex.checks import (
     check_shape,
     is_exporting,
 )
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, longest
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 from hybrid_flex.ops.dsa.reference import reference_attention
 
 # NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that this was measured with; fewest
-# queries, below which launching costs more; most bytes of bits.
+# queries, below which launching costs more; most bytes of a batch entry's bits.
 FORWARD = 37
 TRAINING = 72
 MOST_GROUPED = 8
@@ -201,17 +201,18 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
     """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
 
-    An exported program has one graph for all lengths, and takes the form that is never much slower.
+    An exported program has one graph for all lengths, and takes the form that is faster for the longest.
     """
-    group, trains = q.shape[2] // k.shape[2], torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if is_exporting() or group > MOST_GROUPED:
+    group, T, S = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    if group > MOST_GROUPED or not _is_in_masked_kernels(q, k, v):
         return False
-    if not _is_in_masked_kernels(q, k, v) or q.shape[1] < FEWEST_QUERIES:
+    if is_exporting():
+        T, S = longest(T), longest(S)
+    if T < FEWEST_QUERIES:
         return False
+    worth = TRAINING if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else FORWARD
     # What a query in the middle sees, if the last one sees everything.
-    (B, T), S = q.shape[:2], k.shape[1]
-    visible, worth = S - T // 2, indices.shape[2] * 2 * (TRAINING if trains else FORWARD) // (2 * group + 1)
-    return bool(visible <= worth and B * T * S <= 8 * BITS_BYTES)
+    return bool(indices.shape[2] * 2 * worth // (2 * group + 1) >= S - T // 2 and T * S <= 8 * BITS_BYTES)
 
 
 def sparse_attention(
@@ -245,8 +246,8 @@ def sparse_attention(
             a key head; keys and values that nobody selects must be finite), ``"flex"`` (FlexAttention over a
             BlockMask: of blocks of queries, or of single tokens where they are few; not float64; gradients are those
             of ``"gather"``), ``"reference"`` (dense, for tests), or ``"auto"``: ``"gather"``, but ``"masked"`` where
-            that was measured to be faster, which is with up to 8 heads on a key head and thousands of queries, and
-            not in exported programs.
+            that was measured to be faster, which is with up to 8 heads on a key head and thousands of queries (in an
+            exported program: where it is for the longest sequences).
         value_dim: Dv, in [1, D], where v is None.
 
     Returns:

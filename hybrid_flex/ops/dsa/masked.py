@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
@@ -20,19 +21,29 @@ def _check(op: str, q: Tensor) -> None:
         raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
 
 
-@torch.library.custom_op("hybrid_flex::sparse_attention_masked", mutates_args=())
-@in_its_own_precision
-def _masked_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _is_nothing(k: Tensor, indices: Tensor) -> bool:
+    """Tell whether there is nothing to attend to; a graph with open sizes has something."""
+    return statically_known_true(k.shape[1] == 0) or any(statically_known_true(n == 0) for n in indices.shape)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from hybrid_flex.kernels.dsa import masked
 
-    _check("sparse_attention_masked", q)
     o, lse = fake_forward(q, k, v, indices, scale)
-    if k.shape[1] == 0 or indices.numel() == 0:
-        return o.zero_(), lse.fill_(float("-inf"))
     bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
     selection = masked.Selection(bits, *masked.launch_lists(touched))
     masked.launch_masked(q, k, v, selection, scale, o=o, lse=lse)
     return o, lse
+
+
+@torch.library.triton_op("hybrid_flex::sparse_attention_masked", mutates_args=())
+@in_its_own_precision
+def _masked_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    _check("sparse_attention_masked", q)
+    if _is_nothing(k, indices):
+        o, lse = fake_forward(q, k, v, indices, scale)
+        return o.zero_(), lse.fill_(float("-inf"))
+    return _attend(q, k, v, indices, scale)
 
 
 _masked_forward.register_fake(fake_forward)
@@ -55,7 +66,7 @@ def _masked_backward(
 
     _check("sparse_attention_masked_backward", q)
     dq, dk, dv = fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
-    if k.shape[1] == 0 or indices.numel() == 0:
+    if _is_nothing(k, indices):
         return dq.zero_(), dk.zero_(), dv.zero_()
     # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
     bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])

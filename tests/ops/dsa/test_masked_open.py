@@ -1,0 +1,76 @@
+"""The masked form in graphs with open sizes: launches, guards and copies of what CUDA would run, traced without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx.experimental import _config as symbolic_shapes
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hybrid_flex.ops import sparse_attention
+from hybrid_flex.ops.dispatch import lengths_up_to
+from hybrid_flex.ops.dsa import attention, masked
+
+pytest.importorskip("hybrid_flex.kernels.dsa.masked")
+
+
+class Attention(nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return sparse_attention(q, k, v, indices, backend=self.backend)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention, masked):
+        monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype != torch.float64)
+
+
+def exported(backend: str, most: int | None = None) -> torch.export.ExportedProgram:
+    sizes = ((3, 131, 8, 64), (3, 131, 2, 64), (3, 131, 2, 64), (3, 131, 10))
+    x = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes[:3]] + [torch.zeros(sizes[3], dtype=torch.int32)]
+    length = Dim.DYNAMIC(min=1) if most is None else Dim.DYNAMIC(min=1, max=most)
+    dims: Any = {"q": {0: Dim.DYNAMIC(min=1), 1: length}}
+    dims |= dict.fromkeys(("k", "v", "indices"), dims["q"])
+    with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
+        return torch.export.export(Attention(backend), tuple(x), dynamic_shapes=dims)
+
+
+def names(program: torch.export.ExportedProgram) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if "sparse_attention" in str(node.target)]
+
+
+def test_four_launches_bind_no_size_and_copy_no_keys() -> None:
+    program = exported("masked")
+    assert names(program) == ["hybrid_flex.sparse_attention_masked.default"]
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+
+    def body(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return masked._attend(q, k, v, indices, 0.125)
+
+    with inputs[0].fake_mode as mode, symbolic_shapes.patch(backed_size_oblivious=True):
+        before = list(mode.shape_env.guards)
+        graph = make_fx(body)(*inputs)
+        assert mode.shape_env.guards == before, "a question about a size binds the graph"
+    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    assert len(graph.graph.find_nodes(op="call_function", target=target)) == 4
+
+
+@pytest.mark.parametrize(("most", "form"), [(160, "masked"), (170, "cuda"), (None, "cuda")])
+def test_a_program_takes_the_form_of_its_longest_sequences(
+    most: int | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "FEWEST_QUERIES", 16)
+    # 4 heads on a key head: 10 slots are worth 82 visible keys, which a query in the middle of 164 sees.
+    with lengths_up_to(most):
+        program = exported("auto", most)
+    assert names(program) == [f"hybrid_flex.sparse_attention_{form}.default"]
+    lengths = [program.range_constraints[n.node.expr] for n in next(iter(program.graph.nodes)).meta["val"].shape[:2]]
+    assert all(bounds.lower == 1 for bounds in lengths)
