@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from hybrid_flex.checks import FLOATING, INTEGER, check, check_dtype, check_rank
-from hybrid_flex.ops.dispatch import in_its_own_precision
+from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
 from hybrid_flex.ops.dsa.indexer import select_topk
 
 
@@ -130,6 +130,14 @@ def _select_blocks(
     scores: Tensor, topk_blocks: int, q_len: int, kv_len: int, block_size: int, causal: bool, query_start: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows, num_columns = scores.shape[-2:]
+    if has_kernels(scores) and scores.numel() > 0:
+        from hybrid_flex.kernels.dsa import blocks
+
+        if num_columns <= blocks.MOST_COLUMNS:
+            found = _fake_select_blocks(scores, topk_blocks, q_len, kv_len, block_size, causal, query_start)
+            options = (topk_blocks, q_len, kv_len, block_size, causal, query_start)
+            blocks.launch_select_blocks(scores.contiguous(), *options, found[0].view(torch.uint8), *found[1:])
+            return found
     flat = scores.float().reshape(-1, num_columns).clone()
     row = torch.arange(flat.shape[0], device=scores.device) % num_rows
     first = torch.zeros_like(row)
@@ -151,12 +159,13 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _(
+def _fake_select_blocks(
     scores: Tensor, topk_blocks: int, q_len: int, kv_len: int, block_size: int, causal: bool, query_start: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    order = scores.new_empty(scores.shape, dtype=torch.int32)
-    number = scores.new_empty(scores.shape[:-1], dtype=torch.int32)
-    return scores.new_empty(scores.shape, dtype=torch.bool), number, order, number.clone(), order.clone()
+    member = scores.new_empty(scores.shape, dtype=torch.bool)
+    number, full_number = (scores.new_empty(scores.shape[:-1], dtype=torch.int32) for _ in range(2))
+    order, full_order = (scores.new_empty(scores.shape, dtype=torch.int32) for _ in range(2))
+    return member, number, order, full_number, full_order
 
 
 def block_topk_mask(
