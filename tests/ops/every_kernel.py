@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.ops import (
-    block_topk_mask,
     chunk_kda,
     expand_pools,
     fused_recurrent_kda,
@@ -125,7 +124,7 @@ def sparse(device: str) -> None:
     o, lse = sparse_attention(q, k, k.detach().clone(), torch.tensor([[[0, 3, -1]]], device=device).expand(1, 5, 3))
     torch.autograd.grad(o.sum() + lse.sum(), (q, k))
 
-    block_topk_mask(torch.randn(2, 7, 8, device=device), 3, 100, 120, block_size=16)
+    torch.ops.hybrid_flex.select_blocks(torch.randn(2, 1, 7, 8, device=device), 3, 100, 120, 16, True, 20)
     expand_pools(torch.tensor([[[0, 2, -1], [1, 2, -1]]], device=device), 4, query_start=11)
     for kpool in (1, 4):
         x = [torch.randn(size, device=device) for size in ((1, 70, 2, 32), (1, 70 // kpool, 32), (1, 70, 2))]
