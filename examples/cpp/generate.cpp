@@ -86,13 +86,20 @@ c10::Device device_of(AOTIModelPackageLoader& loader) {
   return c10::Device(device.empty() ? "cpu" : device);
 }
 
-// Compiled code refuses to write behind the end of a cache in pages of its own words, and on a GPU breaks off.
+// Compiled code refuses a token or a length that is out of range in its own words, some on a GPU with none at all.
 void check_request(const Request& request, AOTIModelPackageLoader& loader) {
   if (const auto most = about(loader, "hybrid_flex.max_length"); !most.empty()) {
     const auto tokens = static_cast<int64_t>(request.prompt.size()) + request.num_tokens;
     if (tokens > std::stoll(most)) {
       throw std::invalid_argument("generate: prompt and NUM_TOKENS must be at most " + most +
                                   " tokens together, got " + std::to_string(tokens));
+    }
+  }
+  if (const auto size = about(loader, "hybrid_flex.vocab_size"); !size.empty()) {
+    for (const int64_t token : request.prompt) {
+      if (token >= std::stoll(size)) {
+        throw std::invalid_argument("generate: PROMPT_TOKEN must be below " + size + ", got " + std::to_string(token));
+      }
     }
   }
 }

@@ -105,6 +105,7 @@ def package(
             "device": device.type,
             "max_length": max_length,
             "max_batch_size": max_batch_size,
+            "vocab_size": model.config.vocab_size,
             "num_states": len(traced_inputs(programs["decode"])) - 1,
         }
         files: dict[str, Any] = {name: _compiled(program, device.type, about) for name, program in programs.items()}

@@ -38,13 +38,6 @@ def ids_of(batch_size: int, length: int) -> Tensor:
     return (torch.arange(batch_size * length) * 7 % 50).view(batch_size, length)
 
 
-@pytest.fixture(scope="session")
-def loops_compile() -> None:
-    """Skip a test that packages plain forms, for a CPU, where the compiler cannot."""
-    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
-        pytest.skip("AOTInductor of torch 2.11 compiles no loop with open sizes")
-
-
 @pytest.fixture(scope="session")  # a module's tests need not run in a row
 def packaged(loops_compile: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridLanguageModel, Path]:
     """Compile one package, which takes most of a minute, for all tests of a worker."""
