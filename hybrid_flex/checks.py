@@ -87,4 +87,4 @@ def is_exporting() -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether ``tensor`` holds numbers, rather than standing for some while a graph is traced."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

@@ -93,7 +93,7 @@ def export_prefill(
     seq_len, T = open_dimension(op, "seq_len", seq_len, max_seq_len, dynamic)
     example = example_input(op, model, batch_size, seq_len)
     gradients = torch.is_grad_enabled() and max_length is None
-    with torch.set_grad_enabled(gradients), asking_no_size(), lengths_up_to(max_seq_len if dynamic else seq_len):
+    with torch.set_grad_enabled(gradients), asking_no_size(), lengths_up_to(max_seq_len):
         return torch.export.export(model, (example,), dynamic_shapes=({0: B, 1: T},), strict=strict)
 
 

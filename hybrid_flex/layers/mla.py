@@ -204,7 +204,7 @@ def _multiply_heads(x: Tensor, weight: Tensor, *, side_by_side: bool = False) ->
     sizes are 1, and a graph with open sizes answers no.
     """
     heads = x.flatten(0, 1).transpose(0, 1)
-    if side_by_side and is_plain(x) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+    if side_by_side and is_plain(x) and not torch.is_grad_enabled():
         # Where nothing records it, the product is written to its place at once.
         product = x.new_empty(heads.shape[1], heads.shape[0], weight.shape[2])
         torch.bmm(heads, weight, out=product.transpose(0, 1))

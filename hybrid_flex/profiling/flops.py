@@ -321,10 +321,11 @@ _KINDS = ["flash_attention_for_cpu"]
 try:
     sdpa_flop_count((1, 2, 4, 8), (1, 1, 4, 8), (1, 1, 4, 8))
 except AssertionError:
-    _KINDS += ["flash_attention", "efficient_attention", "cudnn_attention"]
-    for _kind in _KINDS:
+    _REFUSING = ["flash_attention", "efficient_attention", "cudnn_attention"]
+    for _kind in _REFUSING:
         for _way in ("", "_backward"):
             flop_registry.pop(getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}{_way}"), None)
+    _KINDS += _REFUSING
 for _kind in _KINDS:
     _register(_fused_attention_flop, getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}"))
     _register(_fused_attention_backward_flop, getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}_backward"))

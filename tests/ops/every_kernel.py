@@ -22,7 +22,7 @@ from hybrid_flex.ops import (
     short_conv,
     sparse_attention,
 )
-from hybrid_flex.ops.dsa import masked
+from hybrid_flex.ops.dsa import attention
 
 INSIDE = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
@@ -117,7 +117,7 @@ def sparse(device: str) -> None:
         shapes = ((1, 70, H, D), (1, 300, 2, D), (1, 300, 2, D))
         x = [torch.randn(n, device=device, dtype=torch.bfloat16, requires_grad=True) for n in shapes]
         indices = torch.rand(1, 70, 300, device=device).argsort(-1)[..., :40].int()
-        if masked.has_kernels(x[0]):  # there is no other form of it
+        if attention.has_kernels(x[0]):  # there is no other form of it
             o, lse = torch.ops.hybrid_flex.sparse_attention_masked(*x, indices, 1.0)
             torch.autograd.grad(o.float().sum() + lse.sum(), x)
     q, k = (torch.randn(1, 5, 2, 40, device=device, requires_grad=True) for _ in range(2))

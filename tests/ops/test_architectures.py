@@ -31,7 +31,7 @@ def launches(architecture: int) -> list[Launch]:
         from hybrid_flex.kernels import launch
 
         kda = ("chunk", "training", "recurrent", "short_conv", "gated_norm")
-        dsa = ("indexer", "attention", "masked", "indexer_loss", "pooling", "block_mask")
+        dsa = ("indexer", "attention", "indexer_loss", "pooling", "block_mask")
         for name in (*(f"kda.{name}" for name in kda), *(f"dsa.{name}" for name in dsa)):
             patch.setattr(importlib.import_module(f"hybrid_flex.ops.{name}"), "has_kernels", lambda x: True)
         chunk = importlib.import_module("hybrid_flex.kernels.kda.chunk")

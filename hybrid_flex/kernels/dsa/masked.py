@@ -125,6 +125,25 @@ def is_selected(p_words, i_key, BN: tl.constexpr):
     return (b_word & (1 << (i_key & 31))) != 0
 
 
+@triton.jit
+def tile_lists(p_bits, p_number, p_order, i_batch, i_tile, i_query, PADDED, WORDS, TILES, BLOCKS):
+    """Return pointers ``[BM, 1]`` to the words of a tile's rows, how many blocks it touches, and pointers to these."""
+    i_list = i_batch * TILES + i_tile
+    p_words = (p_bits + (i_batch * PADDED + i_query) * WORDS)[:, None]
+    return p_words, tl.load(p_number + i_list), p_order + i_list * BLOCKS
+
+
+@triton.jit
+def keys_of_part(p_order, i, S, BN: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the first key of part i of the blocks in a list, and the rows ``[BN, 1]`` of its keys.
+
+    Behind the last key no bit is set; its row stands for those that are not there.
+    """
+    PARTS: tl.constexpr = BLOCK // BN
+    first = tl.load(p_order + i // PARTS) * BLOCK + i % PARTS * BN
+    return first, tl.minimum(first + tl.arange(0, BN), S - 1).to(tl.int64)[:, None]
+
+
 @triton.jit(do_not_specialize=["T", "S", "PADDED", "WORDS", "TILES", "BLOCKS"])
 def masked_kernel(
     p_q, p_k, p_v, p_bits, p_number, p_order, p_o, p_lse, scale, T, S, PADDED, WORDS, TILES, BLOCKS,
@@ -139,9 +158,9 @@ def masked_kernel(
     m_row = (m_row & (i_query < T))[:, None]
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
-    p_number += i_batch * TILES + i_tile
-    p_order += (i_batch * TILES + i_tile) * BLOCKS
-    p_words = (p_bits + (i_batch * PADDED + i_query) * WORDS)[:, None]
+    p_words, number, p_order = tile_lists(
+        p_bits, p_number, p_order, i_batch, i_tile, i_query, PADDED, WORDS, TILES, BLOCKS
+    )
     p_rows = (p_q + i_batch * q_batch + i_query.to(tl.int64) * q_token + i_head * q_head)[:, None]
     b_q = load_piece(p_rows, m_row, 0, BD, D, True)
     factor = tl.cast(scale, tl.float32) * LOG2_E
@@ -150,11 +169,8 @@ def masked_kernel(
     b_m = tl.full([BM], LOWEST, tl.float32)
     b_L = tl.zeros([BM], tl.float32)
     b_o = tl.zeros([BM, BV], tl.float32)
-    PARTS: tl.constexpr = BLOCK // BN
-    for i in tl.range(0, tl.load(p_number) * PARTS, num_stages=STAGES):
-        first = tl.load(p_order + i // PARTS) * BLOCK + i % PARTS * BN
-        # Behind the last key no bit is set; its row stands for those that are not there.
-        i_key = tl.minimum(first + i_column, S - 1).to(tl.int64)[:, None]
+    for i in tl.range(0, number * (BLOCK // BN), num_stages=STAGES):
+        first, i_key = keys_of_part(p_order, i, S, BN, BLOCK)
         b_k = load_piece(p_k + i_key * k_row, None, 0, BD, D, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         m_s = is_selected(p_words + first // 32, i_column[None, :], BN)

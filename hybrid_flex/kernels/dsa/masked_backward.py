@@ -18,7 +18,17 @@ from torch import Tensor
 from hybrid_flex.kernels.launch import launchable, on_its_device
 
 from .gather import LOG2_E, dense_rows, load_piece, store_piece
-from .masked import ROWS, Selection, Tiles, constants_of, is_selected, tile_rows, tiles_of_keys
+from .masked import (
+    ROWS,
+    Selection,
+    Tiles,
+    constants_of,
+    is_selected,
+    keys_of_part,
+    tile_lists,
+    tile_rows,
+    tiles_of_keys,
+)
 
 
 @triton.jit(do_not_specialize=["T", "S", "PADDED", "WORDS", "TILES", "BLOCKS"])
@@ -36,9 +46,9 @@ def masked_queries_kernel(
     m_row = (m_row & (i_query < T))[:, None]
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
-    p_number += i_batch * TILES + i_tile
-    p_order += (i_batch * TILES + i_tile) * BLOCKS
-    p_words = (p_bits + (i_batch * PADDED + i_query) * WORDS)[:, None]
+    p_words, number, p_order = tile_lists(
+        p_bits, p_number, p_order, i_batch, i_tile, i_query, PADDED, WORDS, TILES, BLOCKS
+    )
     i_token = i_query.to(tl.int64)
     i_out = ((i_batch * T + i_token) * H + i_head)[:, None]
     b_q = load_piece((p_q + i_batch * q_batch + i_token * q_token + i_head * q_head)[:, None], m_row, 0, BD, D, True)
@@ -53,10 +63,8 @@ def masked_queries_kernel(
     i_column = tl.arange(0, BN)
 
     b_dq = tl.zeros([BM, BD], tl.float32)
-    PARTS: tl.constexpr = BLOCK // BN
-    for i in tl.range(0, tl.load(p_number) * PARTS, num_stages=STAGES):
-        first = tl.load(p_order + i // PARTS) * BLOCK + i % PARTS * BN
-        i_key = tl.minimum(first + i_column, S - 1).to(tl.int64)[:, None]
+    for i in tl.range(0, number * (BLOCK // BN), num_stages=STAGES):
+        first, i_key = keys_of_part(p_order, i, S, BN, BLOCK)
         b_k = load_piece(p_k + i_key * k_row, None, 0, BD, D, False)
         b_v = load_piece(p_v + i_key * v_row, None, 0, BV, V, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)

@@ -51,7 +51,8 @@ FEWEST_QUERIES = 2048
 BITS_BYTES = 512 * 2**20
 
 
-def _check_kernels(op: str, q: Tensor) -> None:
+def check_kernels(op: str, q: Tensor) -> None:
+    """Raise RuntimeError unless there are kernels for q's device and dtype."""
     if not has_kernels(q):
         raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
 
@@ -68,7 +69,7 @@ def _cuda_forward(
 ) -> tuple[Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather import launch_gather
 
-    _check_kernels("sparse_attention_cuda", q)
+    check_kernels("sparse_attention_cuda", q)
     o, lse = _fake_cuda_forward(q, k, v, indices, scale, value_dim)
     launch_gather(q, k, _values(k, v, value_dim), indices, scale, o=o, lse=lse)
     return o, lse
@@ -91,7 +92,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
 
-    _check_kernels("sparse_attention_cuda_backward", q)
+    check_kernels("sparse_attention_cuda_backward", q)
     arguments = (do, dlse, q, k, _values(k, v, value_dim), indices, o, lse, scale)
     if torch.are_deterministic_algorithms_enabled():
         # The kernels add to rows in whatever order they come; the sums of the plain form keep theirs.
@@ -155,7 +156,7 @@ def _hopper_forward(
     """Do what sparse_attention_cuda does, for the latent rows that `_in_hopper_kernel` names."""
     from hybrid_flex.kernels.dsa.gather_hopper import launch_gather_hopper
 
-    _check_kernels("sparse_attention_hopper", q)
+    check_kernels("sparse_attention_hopper", q)
     o, lse = _fake_cuda_forward(q, k, v, indices, scale, value_dim)
     launch_gather_hopper(q, k, indices, scale, o=o, lse=lse)
     return o, lse

@@ -8,17 +8,15 @@ few of its keys are used.  NOTE [Masked or gathered] in attention.py says when t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision
+from hybrid_flex.ops.dispatch import in_its_own_precision
+from hybrid_flex.ops.dsa.attention import check_kernels
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
-
-
-def _check(op: str, q: Tensor) -> None:
-    if not has_kernels(q):
-        raise RuntimeError(f"{op}: q must be on CUDA and not float64, got {q.device}, {q.dtype}")
 
 
 def _is_nothing(k: Tensor, indices: Tensor) -> bool:
@@ -26,20 +24,26 @@ def _is_nothing(k: Tensor, indices: Tensor) -> bool:
     return statically_known_true(k.shape[1] == 0) or any(statically_known_true(n == 0) for n in indices.shape)
 
 
+def _selection(q: Tensor, k: Tensor, indices: Tensor) -> tuple[Any, Tensor]:
+    """Make what the kernels read of a selection, and the map ``[B, TILES, BLOCKS]`` of what tiles of queries touch."""
+    from hybrid_flex.kernels.dsa.masked import Selection, launch_lists, launch_pack
+
+    bits, touched = launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
+    return Selection(bits, *launch_lists(touched)), touched
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from hybrid_flex.kernels.dsa import masked
+    from hybrid_flex.kernels.dsa.masked import launch_masked
 
     o, lse = fake_forward(q, k, v, indices, scale)
-    bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
-    selection = masked.Selection(bits, *masked.launch_lists(touched))
-    masked.launch_masked(q, k, v, selection, scale, o=o, lse=lse)
+    launch_masked(q, k, v, _selection(q, k, indices)[0], scale, o=o, lse=lse)
     return o, lse
 
 
 @torch.library.triton_op("hybrid_flex::sparse_attention_masked", mutates_args=())
 @in_its_own_precision
 def _masked_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    _check("sparse_attention_masked", q)
+    check_kernels("sparse_attention_masked", q)
     if _is_nothing(k, indices):
         o, lse = fake_forward(q, k, v, indices, scale)
         return o.zero_(), lse.fill_(float("-inf"))
@@ -62,18 +66,18 @@ def _masked_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from hybrid_flex.kernels.dsa import masked, masked_backward
+    from hybrid_flex.kernels.dsa.masked import launch_lists
+    from hybrid_flex.kernels.dsa.masked_backward import launch_masked_backward
 
-    _check("sparse_attention_masked_backward", q)
+    check_kernels("sparse_attention_masked_backward", q)
     dq, dk, dv = fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
     if _is_nothing(k, indices):
         return dq.zero_(), dk.zero_(), dv.zero_()
     # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
-    bits, touched = masked.launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
-    selection = masked.Selection(bits, *masked.launch_lists(touched))
-    by_keys = masked.launch_lists(touched.transpose(1, 2))
+    selection, touched = _selection(q, k, indices)
+    by_keys = launch_lists(touched.transpose(1, 2))
     tensors = (do, dlse, q, k, v, selection, by_keys, o, lse, scale)
-    masked_backward.launch_masked_backward(*tensors, dq=dq, dk=dk, dv=dv)
+    launch_masked_backward(*tensors, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 

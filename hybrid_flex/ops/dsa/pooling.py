@@ -89,7 +89,7 @@ def expand_pools(pool_indices: Tensor, kpool: int, *, query_start: int | Tensor 
     device = pool_indices.device
     batch_size, num_queries, num_slots = pool_indices.shape
     # A compiler makes one kernel of what follows; run one by one these are ten passes over the result.
-    if has_kernels(pool_indices) and is_plain(pool_indices) and not torch.compiler.is_compiling():
+    if has_kernels(pool_indices) and is_plain(pool_indices):
         from hybrid_flex.kernels.dsa.pools import launch_expand
 
         width = num_slots * kpool + kpool - 1

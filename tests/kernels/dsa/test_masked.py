@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.ops.dsa import masked, sparse_attention
+from hybrid_flex.ops.dsa import attention, sparse_attention
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 # B, T, S, H, Hkv, D, Dv, J
@@ -25,7 +25,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3}
 def with_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Let the operators launch their kernels on a CPU, too, where they are interpreted."""
     if device == "cpu":
-        monkeypatch.setattr(masked, "has_kernels", lambda x: True)
+        monkeypatch.setattr(attention, "has_kernels", lambda x: True)
 
 
 def select(B: int, T: int, S: int, J: int) -> Tensor:

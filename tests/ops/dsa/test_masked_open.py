@@ -29,8 +29,7 @@ class Attention(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention, masked):
-        monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype != torch.float64)
+    monkeypatch.setattr(attention, "has_kernels", lambda x: x.dtype != torch.float64)
 
 
 def exported(backend: str, most: int | None = None) -> torch.export.ExportedProgram:
