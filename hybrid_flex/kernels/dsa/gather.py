@@ -59,6 +59,7 @@ def look_through(p_slots, J):
 
     What lies behind the last slot in use is never looked at.
     """
+    J = tl.cast(J, tl.int32)  # of a graph that leaves sizes open an int64
     b_last = tl.zeros([COUNTED], tl.int32)
     b_used = tl.zeros([COUNTED], tl.int32)
     for j in range(0, J, COUNTED):

@@ -191,6 +191,9 @@ def select_kernel(
     i_span, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if i_r >= rows:  # a launch without queries has a program nevertheless
         return
+    # Columns and queries are int32; sizes of a graph that leaves them open are not.
+    start, T, S = tl.cast(start, tl.int32), tl.cast(T, tl.int32), tl.cast(S, tl.int32)
+    query_start, width, span = tl.cast(query_start, tl.int32), tl.cast(width, tl.int32), tl.cast(span, tl.int32)
     i_row = (i_b * rows + i_r).to(tl.int64)
     i_k = tl.arange(0, BK)[None, :]
     m_k = i_k < TOPK

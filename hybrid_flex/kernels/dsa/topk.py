@@ -135,7 +135,8 @@ def lightning_topk(
     sees = "length" if lengths is not None else "all" if ranges is None else "range"
     flags = {"TOPK": topk, "KPOOL": kpool, "CAUSAL": causal, "SEES": sees}
     if lengths is not None and not is_plain(lengths):
-        lengths = lengths.clone()  # torch takes what stores depend on for written, and a graph's input would be
+        # Torch takes what stores depend on for written, and a graph's input would be; a clone would be optimised away.
+        lengths = lengths.clamp(min=0)
     is_open = not all(isinstance(n, int) for n in (B, T, S))
     for block in (_open_blocks if is_open else _blocks)(B, T, S, topk, workspace_bytes):
 
@@ -154,6 +155,7 @@ def lightning_topk(
         else:
             scores = _unread(out)
         _select(scores, rows, torch.sym_max(upper, 1), topk, out)
+        del scores  # before the next block's are made
     return indices
 
 

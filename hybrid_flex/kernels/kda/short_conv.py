@@ -48,7 +48,7 @@ def _places_kernel(p_bounds, p_places, T, N, BT: tl.constexpr):
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = t < T
     low = tl.zeros([BT], tl.int32)
-    high = low + N
+    high = low + tl.cast(N, tl.int32)  # of a graph that leaves sizes open an int64
     # Bisection for the number of sequences that end at or before t; 31 halvings empty any range of int32.
     for _ in range(31):
         middle = (low + high) // 2

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from hybrid_flex.ops.dispatch import in_its_own_precision
 from hybrid_flex.ops.dsa.attention import is_in_kernels
@@ -83,7 +83,8 @@ def _attend(
     gqa = q_BHTD.shape[1] != k_BHSD.shape[1]
     attend = functools.partial(flex_attention, q_BHTD, k_BHSD, v_BHSD, block_mask=mask, scale=scale, enable_gqa=gqa)
     if with_lse:
-        return attend(kernel_options=options, return_lse=True)  # type: ignore[return-value]
+        o, auxiliary = attend(kernel_options=options, return_aux=AuxRequest(lse=True))
+        return o, auxiliary.lse  # type: ignore[union-attr,return-value]
     return (attend(kernel_options=options),)  # type: ignore[return-value]
 
 
