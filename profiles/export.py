@@ -8,7 +8,7 @@ Prefill of a prompt and single decoding steps of a `HybridLanguageModel`, by
   opaque     the program of export_prefill or export_decode, saved and loaded: our operators are single nodes.
   portable   its portable form: PyTorch's operators only, run one by one.
   package    the AOTInductor package of both steps.
-  graph      the eager step in a CUDA graph (decoding on a GPU).
+  graph, package-graph   the eager step, and the package's, in a CUDA graph (decoding on a GPU).
 How long each took to make, and what its file holds against the bytes of the parameters, stands in a second table.
 
 Correctness comes first: a form whose logits differ from the eager model's by more than rounding ends the run (relative
@@ -51,7 +51,7 @@ from tqdm import tqdm
 from hybrid_flex import HybridLanguageModel, export
 from hybrid_flex.export.portable import to_tuples
 
-FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph")
+FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph", "package-graph")
 STEPS = ("prefill", "decode")
 TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative L2 error of logits that rounding explains: not in the logits themselves, where float32 loses 1e-6, but in
@@ -78,7 +78,8 @@ class Forms:
             "opaque": lambda step: self.program(step, portable=False),
             "portable": lambda step: self.program(step, portable=True),
             "package": self.package,
-            "graph": self.graph,
+            "graph": lambda step: self.graph(self.eager(step)),
+            "package-graph": lambda step: self.graph(self.package(step)),
         }
         begin = time.perf_counter()
         call = calls[form](step)
@@ -113,12 +114,11 @@ class Forms:
         if self.loaded is None:
             path = export.package(self.model, self.folder / "package.pt2", max_length=self.max_length)
             self.made["package"] = {"seconds": 0.0, "bytes": path.stat().st_size}
-            self.loaded = export.load_package(path)
+            self.loaded = export.load_package(path, run_single_threaded=True)
         loaded = self.loaded
         return self._run(loaded if step == "prefill" else loaded.step, step, loaded(self.ids)[1])
 
-    def graph(self, step: str) -> Logits:
-        call = self.eager(step)
+    def graph(self, call: Logits) -> Logits:
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             call()
@@ -179,7 +179,7 @@ def measure(model: HybridLanguageModel, options: argparse.Namespace, show: Calla
             calls: dict[str, Logits] = {}
             errors: dict[str, float] = {}
             for form in options.forms:
-                if form == "graph" and (step == "prefill" or device.type != "cuda"):
+                if "graph" in form and (step == "prefill" or device.type != "cuda"):
                     continue
                 show(f"{step}: {form}")
                 calls[form] = forms.make(form, step)

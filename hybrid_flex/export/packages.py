@@ -150,14 +150,16 @@ class Package:
     from there, and `generate` does both.
     """
 
-    def __init__(self, path: Path, about: dict[str, str]) -> None:
-        from torch._inductor.package import load_package as load_step
+    def __init__(self, path: Path, about: dict[str, str], run_single_threaded: bool) -> None:
+        # Torch's load_package would load both steps, weights included, to return one.
+        from torch.export.pt2_archive._package import load_pt2
 
         self.device = about["device"]
         self.max_length = int(about["max_length"])
         self.max_batch_size = None if about["max_batch_size"] == "None" else int(about["max_batch_size"])
         self.num_states = int(about["num_states"])
-        self._prefill, self._decode = (load_step(str(path), name) for name in STEPS)
+        steps = load_pt2(str(path), run_single_threaded=run_single_threaded).aoti_runners
+        self._prefill, self._decode = (steps[name] for name in STEPS)
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -177,6 +179,17 @@ class Package:
     @torch.no_grad()
     def step(self, ids_t: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Predict from one token per sequence, int64 ``[B] -> logits [B, vocab_size]``; caches are written in place.
+
+        In a CUDA graph (``load_package(path, run_single_threaded=True)``), after one step outside of it, whose result
+        is of no use but to load the kernels::
+
+            token, states = torch.empty(B, dtype=torch.int64, device="cuda"), [x.clone() for x in states]
+            with torch.cuda.graph(graph):
+                logits, states_out = loaded.step(token, states)
+                for old, new in zip(states, states_out, strict=True):
+                    old.copy_(new)
+
+        Then ``token.copy_(...)`` and ``graph.replay()`` advance ``states`` and write ``logits``.
 
         Raises:
             ValueError: a shape or device does not fit, or the states are of another batch size.
@@ -214,13 +227,15 @@ class Package:
         check(most is None or ids.shape[0] <= most, "package", name, f"hold at most {most} sequences", ids.shape[0])
 
 
-def load_package(path: str | os.PathLike[str]) -> Package:
+def load_package(path: str | os.PathLike[str], *, run_single_threaded: bool = False) -> Package:
     """Load what `package` made, after a look at what it was made for.
 
     A package is machine code: load only what you would run.
 
     Args:
         path: a ``.pt2`` file.
+        run_single_threaded: calls come from one thread at a time; on CUDA, `Package.step` can then be captured in a
+            CUDA graph, which spares a step its launches. Elsewhere it says nothing.
 
     Returns:
         The model, callable.
@@ -252,7 +267,7 @@ def load_package(path: str | os.PathLike[str]) -> Package:
         compiled = about["decode"].get("AOTI_CPU_ISA", "")
         here = str(torch._inductor.cpu_vec_isa.pick_vec_isa()).upper()
         _need(set(compiled.split()) <= set(here.split()), f"be run on a CPU with {compiled}", here)
-    return Package(path, ours)
+    return Package(path, ours, run_single_threaded)
 
 
 def _need(ok: bool, rule: str, value: str) -> None:

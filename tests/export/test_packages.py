@@ -299,3 +299,19 @@ def test_cuda_package_generates_without_this_library(tmp_path: Path, fresh_proce
     package(model, tmp_path / "model.pt2", "cuda", max_length=MAX_LENGTH)
     write_expected(model, tmp_path / "expected.pt")
     assert fresh_process(TORCH_ALONE, tmp_path / "model.pt2", tmp_path / "expected.pt") == "same\n"
+
+    loaded = load_package(tmp_path / "model.pt2", run_single_threaded=True)
+    ids = ids_of(2, 9).cuda()
+    logits, states = loaded(ids)
+    token = logits[:, -1].argmax(-1)
+    loaded.step(token, [x.clone() for x in states])
+    graph, tokens = torch.cuda.CUDAGraph(), [ids, token[:, None].clone()]
+    with torch.cuda.graph(graph):
+        logits, states_out = loaded.step(token, states)
+        for old, new in zip(states, states_out, strict=True):
+            old.copy_(new)
+    for _ in range(11):
+        graph.replay()
+        token.copy_(logits.argmax(-1))
+        tokens.append(token[:, None].clone())
+    assert torch.equal(torch.cat(tokens, 1), model.generate(ids, 12, greedy=True))
