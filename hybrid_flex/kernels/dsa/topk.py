@@ -53,7 +53,7 @@ MOST_ROWS = 65535 // QUERY_TILE * QUERY_TILE
 # AOTInductor compiles every launch on its own, which is why MOST_BLOCKS are not more.
 MOST_BLOCKS = 32
 OPEN_LENGTH = 131072
-OPEN_BATCH = 16
+OPEN_BATCH = 4
 
 
 class _Block(NamedTuple):
