@@ -14,7 +14,8 @@ Inputs are bfloat16, standard normal, batch 1, made on the device.  A row's name
   forms   sparse_attention over 2048 independently drawn past keys per query: as it chooses (auto), in the gather and
           the masked form, and, at T = 4096, FlexAttention over their exact mask, topk_block_mask inside the time.
   density  share of blocks that such a mask touches, by how far neighbouring queries and keys agree; not timed.
-  loss    indexer_kl_loss and its gradients, over the selection or, `dense`, over all visible keys.
+  loss    indexer_kl_loss and its gradients, over the selection or, `dense`, over all visible keys; `given`: with the
+          log-sum-exps that the attention has left, as layers call it.
   decode  one token on a cache of S: selection and attention against attention to all of it; `_graph` rows replay a
           CUDA graph.  Pooled keys are ready.  Where the head is 512 wide dense attention is two products and a softmax.
   layer   a whole attention layer, projections included, not compiled, against the same weights with causal fused

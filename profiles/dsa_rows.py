@@ -159,10 +159,14 @@ class LayerRow(Row):
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow(Row):
-    """`indexer_kl_loss`, forward and backward; ``topk`` = 0 is the dense stage."""
+    """`indexer_kl_loss`, forward and backward; ``topk`` = 0 is the dense stage.
+
+    ``given``: with the log-sum-exps that the attention has left, as layers call it.
+    """
 
     T: int
     topk: int
+    given: bool = False
     H: int = 64
     D: int = 128
     heads: int = 64
@@ -306,6 +310,7 @@ ROWS: tuple[Row, ...] = (
         for T in (8192, 32768)
         for stage, topk in (("sparse", 2048), ("dense", 0))
     ),
+    *(LossRow(name=f"loss_given_t{T}_h64_d576_k2048", T=T, topk=2048, D=576, given=True) for T in (8192, 32768)),
     *decode_rows(),
     *layer_rows(),
 )

@@ -250,11 +250,16 @@ class LossWork(Work):
         x = {"q_idx": self.normal(1, T, row.heads, row.width), "k_idx": self.normal(1, T, row.width)}
         x["w"] = self.normal(1, T, row.heads) * (row.heads * row.width) ** -0.5
         x |= {"q": self.normal(1, T, row.H, row.D), "k": self.normal(1, T, 1, row.D)}
-        return x | ({"indices": causal_indices(T, topk, self.generator)} if topk else {})
+        if topk:
+            x["indices"] = causal_indices(T, topk, self.generator)
+        if row.given:
+            value_dim = min(512, row.D)
+            x["lse"] = sparse_attention(x["q"], x["k"], None, x["indices"], value_dim=value_dim)[1]
+        return x
 
     def run(self, x: Tensors) -> Tensors:
         inputs = leaves(x["q_idx"], x["k_idx"], x["w"])
-        loss = indexer_kl_loss(*inputs, x["q"], x["k"], indices=x.get("indices"))
+        loss = indexer_kl_loss(*inputs, x["q"], x["k"], indices=x.get("indices"), lse=x.get("lse"))
         grads = torch.autograd.grad(loss, inputs)
         return {"loss": loss.detach(), "dq_idx": grads[0], "dk_idx": grads[1], "dw": grads[2]}
 

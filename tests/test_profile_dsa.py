@@ -60,11 +60,11 @@ def attend_row(bench: SimpleNamespace, **sizes: Any) -> Any:
 
 def test_a_row_of_every_kind_runs_and_is_reported(tmp_path: Path) -> None:
     rows = "select_t8192*,select_packed*,attend_?wd_*_h64_d576*,dense_fwd_t32768*,block_flex_fwd*,density_t8192*"
-    rows += ",loss_sparse_t8192*,decode_glm_s8192*,layer_glm_train_t8192"
+    rows += ",loss_sparse_t8192*,loss_given_t8192*,decode_glm_s8192*,layer_glm_train_t8192"
     done = profile("--rows", rows, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     report = read(tmp_path)
-    assert len(report["rows"]) == 11 and report["left_out"] == []
+    assert len(report["rows"]) == 12 and report["left_out"] == []
     for row in report["rows"]:
         for name, own in row["contenders"].items():
             assert own.get("passed") and own["median_ms"] > 0, (row["name"], name, own)

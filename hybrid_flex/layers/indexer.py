@@ -227,6 +227,7 @@ class LightningIndexer(nn.Module):
         selection: Tensor | None,
         *,
         scale: float,
+        lse: Tensor | None = None,
         query_start: int = 0,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
@@ -240,6 +241,7 @@ class LightningIndexer(nn.Module):
             k: main keys ``[B, S, Hkv, K]``; no gradient reaches them.
             selection: what `select` chose (sparse stage), or None for all visible keys (dense warm-up stage).
             scale: scale of the main attention.
+            lse: log-sum-exps of the main attention over the selection, ``[B, T, H]``; None: computed anew.
             query_start: tokens in the cache before the first query.
             cu_seqlens: boundaries of packed sequences ``[N + 1]``.
 
@@ -255,6 +257,7 @@ class LightningIndexer(nn.Module):
             q.detach(),
             k.detach(),
             indices=selection,
+            lse=lse,
             scale=scale,
             query_start=query_start,
             cu_seqlens=cu_seqlens,

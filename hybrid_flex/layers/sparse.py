@@ -74,10 +74,9 @@ class SparseLayer(nn.Module):
             return False
         return num_tokens <= self.indexer.topk
 
-    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor) -> Tensor:
+    def _attend_to(self, q: Tensor, k: Tensor, v: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor]:
         value_dim = self.value_dim if v is None else None
-        o, _ = sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend, value_dim=value_dim)
-        return o
+        return sparse_attention(q, k, v, indices, scale=self.scale, backend=self.backend, value_dim=value_dim)
 
     def forward(
         self,
@@ -151,7 +150,8 @@ class SparseLayer(nn.Module):
         dense = short or stage == "dense"
         q, k, v = self._attended(q, kv, dense=dense)
 
-        selection = None
+        selection = lse = None
+        given = indices is not None
         index_keys = x.new_zeros(x.shape[0], kv.shape[1], 0)
         if self.indexer is not None:
             # Detached: the indexer learns from its own loss only, and its loss moves nothing else.
@@ -174,14 +174,24 @@ class SparseLayer(nn.Module):
         else:
             if indices is None:
                 raise ValueError(f"{type(self).__name__}: indices must come from an earlier layer, got None")
-            o = self._attend_to(q, k, v, indices)
+            o, lse = self._attend_to(q, k, v, indices)
         y = self._output(o, dense=dense)
 
         loss = torch.zeros((), device=x.device)
         if stage is not None and self.indexer is not None:
-            # Where everything is selected the two stages compare the same keys.
+            # Where everything is selected the two stages compare the same keys.  The attention over a selection has
+            # left the log-sum-exps that the loss needs, if it was over this one.
             loss = self.indexer.kl_loss(
-                q_idx, w, index_keys, q, k, selection, scale=self.scale, query_start=start, cu_seqlens=cu_seqlens
+                q_idx,
+                w,
+                index_keys,
+                q,
+                k,
+                selection,
+                scale=self.scale,
+                lse=None if given else lse,
+                query_start=start,
+                cu_seqlens=cu_seqlens,
             )
         return y, DSAState(kv, index_keys.detach()) if cu_seqlens is None else None, indices, loss
 
@@ -309,7 +319,7 @@ class SparseLayer(nn.Module):
         cache.lengths += x.shape[1]
         rows, kv = cache.attended(indices)
         q, k, v = self._attended(q, kv)
-        return self._output(self._attend_to(q, k, v, rows)), indices
+        return self._output(self._attend_to(q, k, v, rows)[0]), indices
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -244,6 +244,7 @@ def indexer_kl_loss_flop(
     q: Shape,
     k: Shape,
     indices: Shape | None,
+    lse: Shape | None,
     scale: float,
     causal: bool,
     query_start: int,
@@ -268,6 +269,7 @@ def indexer_kl_loss_backward_flop(
     indices: Shape | None,
     lse: Shape,
     lse_idx: Shape,
+    ds: Shape,
     scale: float,
     causal: bool,
     query_start: int,
@@ -276,9 +278,13 @@ def indexer_kl_loss_backward_flop(
     *,
     out_shape: Any = None,
 ) -> int:
-    """Count logits and scores once more, and the gradients of q_idx and k_idx (``2 HI DI`` each) and w (``2 HI``)."""
+    """Count the indexer's products once more, the gradients of q_idx and k_idx (``2 HI DI`` each) and of w (``2 HI``).
+
+    Without a selection the rest of scores and logits is counted once more, too.
+    """
     tokens, classes = _compared(q_idx, k_idx, k, indices, causal, query_start, cu_seqlens, kpool)
-    return tokens * 2 * q[2] * q[3] + classes * 2 * q_idx[2] * (3 * q_idx[3] + 2)
+    again = 0 if indices is not None else tokens * 2 * q[2] * q[3] + classes * 2 * q_idx[2]
+    return again + classes * 2 * q_idx[2] * (3 * q_idx[3] + 1)
 
 
 def _compared(

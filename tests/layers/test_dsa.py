@@ -185,6 +185,15 @@ def test_the_indexer_learns_from_its_loss_and_the_rest_from_its_own(name: str, s
 
 
 @pytest.mark.parametrize("make", [dsa, mla], ids=["dsa", "mla"])
+def test_the_loss_is_over_the_layers_own_selection_whatever_is_attended_to(make: Any) -> None:
+    layer, x = make(), torch.randn(2, 40, D)
+    own, other = layer.attend(x, stage="sparse"), torch.arange(5, dtype=torch.int32).expand(2, 40, -1)
+    given = layer.attend(x, stage="sparse", indices=other)
+    assert torch.equal(given[2], other) and not torch.equal(given[0], own[0])
+    torch.testing.assert_close(given[3], own[3])
+
+
+@pytest.mark.parametrize("make", [dsa, mla], ids=["dsa", "mla"])
 def test_forward_leaves_no_gradient_in_the_indexer(make: Any) -> None:
     layer = make()
     y, state = layer(torch.randn(2, 30, D))

@@ -199,8 +199,9 @@ def test_indexer_loss(J: int | None, kpool: int) -> None:
     else:
         tokens, classes = T * (J * kpool + kpool - 1), T * J
     logits, scores = B * tokens * products((H, 1, D)), B * classes * products((HI, 1, DI), (1, 1, HI))
-    gradients = B * classes * products((HI, DI, 1), (1, DI, HI), (1, HI, 1))
-    assert found == {"indexer_kl_loss": logits + scores, "indexer_kl_loss_backward": logits + scores + gradients}
+    gradients = B * classes * products((HI, 1, DI), (HI, DI, 1), (1, DI, HI), (1, HI, 1))
+    again = logits + B * classes * products((1, 1, HI)) if J is None else 0
+    assert found == {"indexer_kl_loss": logits + scores, "indexer_kl_loss_backward": again + gradients}
 
 
 def test_dense_attention_on_a_cpu_is_counted_with_any_torch() -> None:
@@ -249,7 +250,7 @@ def model_by_hand(
         "sparse_attention_gather": slots * 4 * K,
         "sparse_attention_backward": slots * 10 * K,
         "indexer_kl_loss": logits + scores,
-        "indexer_kl_loss_backward": logits + scores + classes * products((HI, DI, 1), (1, DI, HI), (1, HI, 1)),
+        "indexer_kl_loss_backward": classes * products((HI, 1, DI), (HI, DI, 1), (1, DI, HI), (1, HI, 1)),
     }
 
 

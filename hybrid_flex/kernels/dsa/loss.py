@@ -130,12 +130,13 @@ def loss_forward(
     q: Tensor,
     k: Tensor,
     indices: Tensor | None,
+    lse: Tensor | None,
     ranges: Ranges,
     scale: float,
     query_start: int,
     kpool: int,
     workspace_bytes: int = WORKSPACE_BYTES,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the loss; arguments as those of the operator, which has checked them and that no size is zero.
 
     Args:
@@ -145,6 +146,7 @@ def loss_forward(
         q: ``[B, T, H, D]``.
         k: ``[B, S, Hkv, D]``.
         indices: ``[B, T, J]``, or None for all visible classes.
+        lse: float32 ``[B, T, H]``, log-sum-exps of the attention over ``indices``, or None.
         ranges: the visible tokens and classes of each query, ``first <= s < last``: four ``[T]``, non-decreasing.
         scale: factor of the attention's logits.
         query_start: position of query 0 among the keys.
@@ -152,48 +154,30 @@ def loss_forward(
         workspace_bytes: bound of what a chunk of rows takes, if one row fits.
 
     Returns:
-        The loss, float32; float32 ``[B, T, H]``, log-sum-exps of the attention plus the log of the sum that normalises
-        p, for `loss_backward`; float32 ``[B, T]``, log-sum-exps of the scores.
+        The loss, float32, and what `loss_backward` takes up.  Without ``indices``: float32 ``[B, T, H]``, log-sum-exps
+        of the attention plus the log of the sum that normalises p, and float32 ``[B, T]``, log-sum-exps of the scores.
+        With them: ds, float32 ``[B, T, J]``.  What there is none of is empty.
     """
     q_idx, k_idx, w, q, k = (x.contiguous() for x in (q_idx, k_idx, w, q, k))
     first, last, first_class, last_class = (x.int() for x in ranges)
-    sizes = _sizes(q_idx, k_idx, q, k)
-    B, T, S, P = sizes[:4]
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    kl, lse_idx, log_N = (q.new_empty((B, T), dtype=torch.float32) for _ in range(3))
-    scale_log2 = scale * 1.4426950408889634
-    tensors = (q, k, lse, q_idx, k_idx, w)
-    classes = (first_class, last_class)
-    width = (sizes.heads["DM"] + sizes.heads["DR"]) * q.element_size()
-    PRECISION = product_precision(q)
+    sizes, classes = _sizes(q_idx, k_idx, q, k), (first_class, last_class)
+    tensors, scale_log2 = (q, k, q_idx, k_idx, w), scale * 1.4426950408889634
+    kl = q.new_empty(q.shape[:2], dtype=torch.float32)
+    empty = kl.new_empty(0)
     if indices is None:
-        BT, BS, warps, stages = _fitting(q, LSE, T, lambda t, s, n: (t + n * s) * width, width)
-        launchable(attention_lse_kernel, q)[(-(-T // BT), q.shape[2], B)](
-            q, k, first, last, lse, scale_log2, T, S, **sizes.heads, BT=BT, BS=BS, PRECISION=PRECISION,
-            STAGES=stages, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        BC = _dense_tile(sizes, q, q_idx)[1]
-        num_tiles = -(-P // BC)
-        for b, count, start, stop in _chunks(B, T, 5 * 4 * num_tiles, workspace_bytes):
-            sums = q.new_empty((count, num_tiles, 5, stop - start), dtype=torch.float32)
-            _compare(tensors, lse_idx, classes, sums, scale_log2, sizes, kpool, (b, count, start, stop), False)
-            launchable(finish_kernel, q)[(-(-(stop - start) // FINISH_ROWS), count)](
-                sums, *classes, kl, lse_idx, log_N, b, start, stop, T, num_tiles, BC=BC, BLOCK=FINISH_ROWS,
-                num_warps=4, num_stages=1,
-            )  # fmt: skip
-            del sums  # or two of them would be held while the next is made
-    else:
-        indices = indices.contiguous()
+        lse, lse_idx = _dense_forward(tensors, (first, last), classes, kl, scale_log2, sizes, kpool, workspace_bytes)
+        return kl.mean(), lse, lse_idx, empty
+    indices = indices.contiguous()
+    if lse is None:
         BH, BS, warps, stages = _head_tile(sizes, q)
-        launchable(sparse_lse_kernel, q)[(T, _head_groups(sizes, q), B)](
-            q, k, indices, first, last, *classes, lse, scale_log2, query_start, T, S, indices.shape[2], **sizes.heads,
-            KPOOL=kpool, BH=BH, BS=BS, PRECISION=PRECISION, STAGES=stages, num_warps=warps, num_stages=stages,
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        launchable(sparse_lse_kernel, q)[(sizes.T, _head_groups(sizes, q), sizes.B)](
+            q, k, indices, first, last, *classes, lse, scale_log2, query_start, sizes.T, sizes.S, indices.shape[2],
+            **sizes.heads, KPOOL=kpool, BH=BH, BS=BS, PRECISION=product_precision(q), STAGES=stages, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
-        for chunk in _chunks(B, T, 4 * indices.shape[2] * _head_groups(sizes, q), workspace_bytes):
-            outputs = (lse_idx, kl, log_N)
-            _sparse_compare(tensors, indices, classes, outputs, scale_log2, sizes, kpool, chunk, False)
-    lse += log_N[..., None]  # NOTE [Normaliser inside]
-    return kl.sum() / (B * T), lse, lse_idx
+    ds = _sparse_forward(tensors, indices, lse.contiguous(), classes, kl, scale_log2, sizes, kpool, workspace_bytes)
+    return kl.mean(), empty, empty, ds
 
 
 @on_its_device
@@ -207,26 +191,64 @@ def loss_backward(
     indices: Tensor | None,
     lse: Tensor,
     lse_idx: Tensor,
+    ds: Tensor,
     ranges: Ranges,
     scale: float,
     kpool: int,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q_idx, k_idx and w from the results of `loss_forward`; ``grad`` is that of the loss."""
-    q_idx, k_idx, w, q, k, lse, lse_idx = (x.contiguous() for x in (q_idx, k_idx, w, q, k, lse, lse_idx))
+    q_idx, k_idx, w = (x.contiguous() for x in (q_idx, k_idx, w))
     classes = tuple(x.int() for x in ranges[2:])
     sizes = _sizes(q_idx, k_idx, q, k)
     B, T = sizes[:2]
-    tensors, dq, dw = (q, k, lse, q_idx, k_idx, w), torch.empty_like(q_idx), torch.empty_like(w)
+    dq, dw = torch.empty_like(q_idx), torch.empty_like(w)
     ds_scale, w_scaled, w_factor = _scaled(w, q_idx.dtype)
-    run = _dense_backward if indices is None else _sparse_backward
-    dk = run(
-        grad, tensors, w_scaled, indices, lse_idx, classes, dq, dw, scale * 1.4426950408889634, ds_scale, sizes,
-        kpool, workspace_bytes,
-    )  # fmt: skip
+    if indices is None:
+        tensors = (q.contiguous(), k.contiguous(), q_idx, k_idx, w)
+        dk = _dense_backward(
+            grad, tensors, w_scaled, lse, lse_idx, classes, dq, dw, scale * 1.4426950408889634, ds_scale, sizes, kpool,
+            workspace_bytes,
+        )  # fmt: skip
+    else:
+        dk = _sparse_backward(grad, q_idx, k_idx, w, w_scaled, indices, ds, classes, dq, dw, ds_scale, sizes)
     factor = grad.float() / (B * T * ds_scale)
     dk *= factor if w_factor is None else factor / w_factor
     return dq, dk.to(k_idx.dtype), dw
+
+
+def _dense_forward(
+    tensors: tuple[Tensor, ...],
+    tokens: tuple[Tensor, Tensor],
+    classes: tuple[Tensor, Tensor],
+    kl: Tensor,
+    scale_log2: float,
+    sizes: _Sizes,
+    kpool: int,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Write each row's loss to ``kl``; return the log-sum-exps that `loss_forward` does."""
+    B, T, S, P = sizes[:4]
+    q, k, q_idx = tensors[:3]
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse_idx, log_N = (torch.empty_like(kl) for _ in range(2))
+    width = (sizes.heads["DM"] + sizes.heads["DR"]) * q.element_size()
+    BT, BS, warps, stages = _fitting(q, LSE, T, lambda t, s, n: (t + n * s) * width, width)
+    launchable(attention_lse_kernel, q)[(-(-T // BT), q.shape[2], B)](
+        q, k, *tokens, lse, scale_log2, T, S, **sizes.heads, BT=BT, BS=BS, PRECISION=product_precision(q),
+        STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    BC = _dense_tile(sizes, q, q_idx)[1]
+    num_tiles = -(-P // BC)
+    for b, count, start, stop in _chunks(B, T, 5 * 4 * num_tiles, workspace_bytes):
+        sums = q.new_empty((count, num_tiles, 5, stop - start), dtype=torch.float32)
+        _compare(tensors, lse, lse_idx, classes, sums, scale_log2, sizes, kpool, (b, count, start, stop), False)
+        launchable(finish_kernel, q)[(-(-(stop - start) // FINISH_ROWS), count)](
+            sums, *classes, kl, lse_idx, log_N, b, start, stop, T, num_tiles, BC=BC, BLOCK=FINISH_ROWS,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+        del sums  # or two of them would be held while the next is made
+    return lse.add_(log_N[..., None]), lse_idx  # NOTE [Normaliser inside]
 
 
 def _dense_tile(sizes: _Sizes, q: Tensor, q_idx: Tensor) -> tuple[int, int, int, int]:
@@ -245,6 +267,7 @@ def _dense_tile(sizes: _Sizes, q: Tensor, q_idx: Tensor) -> tuple[int, int, int,
 
 def _compare(
     tensors: tuple[Tensor, ...],
+    lse: Tensor,
     lse_idx: Tensor,
     classes: tuple[Tensor, ...],
     out: Tensor,
@@ -256,13 +279,13 @@ def _compare(
     ds_scale: float = 1.0,
 ) -> None:
     b, count, start, stop = chunk
-    q, q_idx = tensors[0], tensors[3]
+    q, k, q_idx, k_idx, w = tensors
     BT, BC, warps, stages = _dense_tile(sizes, q, q_idx)
     num_rows, num_columns = -(-(stop - start) // BT), -(-sizes.P // BC)
     launchable(compare_kernel, q)[(num_rows * num_columns, count)](
-        *tensors, lse_idx, *classes, out, scale_log2, out.stride(1) if backward else 16, b, start, stop, sizes.T,
-        sizes.S, sizes.P, num_rows, num_columns, **sizes.heads, **sizes.index, KPOOL=kpool, BT=BT, BC=BC, GROUP=GROUP,
-        DS_SCALE=ds_scale, BACKWARD=backward, PRECISION=product_precision(q),
+        q, k, lse, q_idx, k_idx, w, lse_idx, *classes, out, scale_log2, out.stride(1) if backward else 16, b, start,
+        stop, sizes.T, sizes.S, sizes.P, num_rows, num_columns, **sizes.heads, **sizes.index, KPOOL=kpool, BT=BT,
+        BC=BC, GROUP=GROUP, DS_SCALE=ds_scale, BACKWARD=backward, PRECISION=product_precision(q),
         PRECISION_IDX=product_precision(q_idx), STAGES=stages, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
@@ -271,7 +294,7 @@ def _dense_backward(
     grad: Tensor,
     tensors: tuple[Tensor, ...],
     w_scaled: Tensor,
-    indices: None,
+    lse: Tensor,
     lse_idx: Tensor,
     classes: tuple[Tensor, ...],
     dq: Tensor,
@@ -283,7 +306,7 @@ def _dense_backward(
     workspace_bytes: int,
 ) -> Tensor:
     """Write dq and dw; return ``dk [B, P, DI]`` in float32, not yet scaled."""
-    q_idx, k_idx, w = tensors[3:]
+    q_idx, k_idx, w = tensors[2:]
     B, T, _, P = sizes[:4]
     HI = sizes.index["HI"]
     precision, size = product_precision(q_idx), q_idx.element_size()
@@ -303,7 +326,7 @@ def _dense_backward(
     for chunk in _chunks(B, T, stride * q_idx.element_size(), workspace_bytes):
         b, count, start, stop = chunk
         ds = q_idx.new_empty((count, stop - start, stride))
-        _compare(tensors, lse_idx, classes, ds, scale_log2, sizes, kpool, chunk, True, ds_scale)
+        _compare(tensors, lse, lse_idx, classes, ds, scale_log2, sizes, kpool, chunk, True, ds_scale)
         launchable(query_gradient_kernel, q_idx)[(-(-(stop - start) // BT) * HI, count)](
             grad, ds, q_idx, k_idx, w, *classes, dq, dw, 1.0 / (B * T * ds_scale), stride, b, start, stop, T, P,
             **sizes.index, BT=BT, BC=BC, PRECISION=precision, STAGES=stages, num_warps=warps, num_stages=stages,
@@ -317,34 +340,40 @@ def _dense_backward(
     return dk[0] if groups == 1 else dk.sum(0)
 
 
-def _sparse_compare(
+def _sparse_forward(
     tensors: tuple[Tensor, ...],
     indices: Tensor,
-    classes: tuple[Tensor, ...],
-    outputs: tuple[Tensor, Tensor, Tensor],
+    lse: Tensor,
+    classes: tuple[Tensor, Tensor],
+    kl: Tensor,
     scale_log2: float,
     sizes: _Sizes,
     kpool: int,
-    chunk: tuple[int, int, int, int],
-    backward: bool,
-) -> None:
-    """Write the loss of a chunk's rows, or ds where ``backward``, to ``outputs``: lse_I, that, and log N."""
-    b, count, start, stop = chunk
-    q, k, lse, q_idx, k_idx, w = tensors
-    rows, groups, J = stop - start, _head_groups(sizes, q), indices.shape[2]
-    P = q.new_empty((count, rows, groups, J), dtype=torch.float32)
+    workspace_bytes: int,
+) -> Tensor:
+    """Write each row's loss to ``kl``; return ds."""
+    q, k, q_idx, k_idx, w = tensors
+    (B, T), groups, J = sizes[:2], _head_groups(sizes, q), indices.shape[2]
     BH, BS, warps, stages = _head_tile(sizes, q)
-    launchable(sparse_target_kernel, q)[(rows, groups, count)](
-        q, k, lse, indices, *classes, P, scale_log2, b, start, sizes.T, sizes.S, J, **sizes.heads, KPOOL=kpool, BH=BH,
-        BS=BS, PRECISION=product_precision(q), STAGES=stages, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
     width = sizes.index["BD"] * q_idx.element_size()
-    BHI, BS, warps, stages = _fitting(q_idx, HEADS, sizes.index["HI"], lambda h, s, n: (h + n * s) * width, width)
-    launchable(sparse_compare_kernel, q_idx)[(rows, count)](
-        q_idx, k_idx, w, P, indices, *classes, *outputs, b, start, sizes.T, sizes.P, J, **sizes.index, GROUPS=groups,
-        BHI=BHI, BS=BS, BACKWARD=backward, PRECISION=product_precision(q_idx), STAGES=stages, num_warps=warps,
-        num_stages=stages,
-    )  # fmt: skip
+    BHI, BS_idx, warps_idx, stages_idx = _fitting(
+        q_idx, HEADS, sizes.index["HI"], lambda h, s, n: (h + n * s) * width, width
+    )
+    ds = q.new_empty(indices.shape, dtype=torch.float32)
+    for b, count, start, stop in _chunks(B, T, 4 * J * groups, workspace_bytes):
+        rows = stop - start
+        P = q.new_empty((count, rows, groups, J), dtype=torch.float32)
+        launchable(sparse_target_kernel, q)[(rows, groups, count)](
+            q, k, lse, indices, *classes, P, scale_log2, b, start, T, sizes.S, J, **sizes.heads, KPOOL=kpool, BH=BH,
+            BS=BS, PRECISION=product_precision(q), STAGES=stages, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        launchable(sparse_compare_kernel, q_idx)[(rows, count)](
+            q_idx, k_idx, w, P, indices, *classes, kl, ds, b, start, T, sizes.P, J, **sizes.index, GROUPS=groups,
+            BHI=BHI, BS=BS_idx, PRECISION=product_precision(q_idx), STAGES=stages_idx, num_warps=warps_idx,
+            num_stages=stages_idx,
+        )  # fmt: skip
+        del P  # or two of them would be held while the next is made
+    return ds
 
 
 def _head_tile(sizes: _Sizes, q: Tensor) -> tuple[int, int, int, int]:
@@ -361,39 +390,29 @@ def _head_groups(sizes: _Sizes, q: Tensor) -> int:
 
 def _sparse_backward(
     grad: Tensor,
-    tensors: tuple[Tensor, ...],
+    q_idx: Tensor,
+    k_idx: Tensor,
+    w: Tensor,
     w_scaled: Tensor,
     indices: Tensor,
-    lse_idx: Tensor,
+    ds: Tensor,
     classes: tuple[Tensor, ...],
     dq: Tensor,
     dw: Tensor,
-    scale_log2: float,
     ds_scale: float,
     sizes: _Sizes,
-    kpool: int,
-    workspace_bytes: int,
 ) -> Tensor:
     """Write dq and dw; return ``dk [B, P, DI]`` in float32, not yet scaled."""
-    q_idx, k_idx, w = tensors[3:]
-    B, T, _, P = sizes[:4]
-    HI, J = sizes.index["HI"], indices.shape[2]
-    indices, width = indices.contiguous(), sizes.index["BD"] * q_idx.element_size()
+    (B, T), HI, width = sizes[:2], sizes.index["HI"], sizes.index["BD"] * q_idx.element_size()
     BHI, BS, warps, stages = _fitting(
         q_idx, LAST_RESORTS, HI, lambda h, s, n: (h + n * s) * width + s * width + h * s * 4, width
     )
     # Addresses of dk's atomics fill the registers of four warps.
     warps = 8 if BHI == 64 else warps
     dk = q_idx.new_zeros(k_idx.shape, dtype=torch.float32)
-    for chunk in _chunks(B, T, 4 * J * (1 + _head_groups(sizes, tensors[0])), workspace_bytes):
-        b, count, start, stop = chunk
-        ds = q_idx.new_empty((count, stop - start, J), dtype=torch.float32)
-        outputs = (lse_idx, ds, ds)
-        _sparse_compare(tensors, indices, classes, outputs, scale_log2, sizes, kpool, chunk, True)
-        launchable(sparse_gradient_kernel, q_idx)[(stop - start, -(-HI // BHI), count)](
-            grad, ds, q_idx, k_idx, w, w_scaled, indices, *classes, dq, dk, dw, 1.0 / (B * T * ds_scale), b, start,
-            T, P, J, **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale, PRECISION=product_precision(q_idx),
-            STAGES=stages, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        del ds, outputs  # or two of them would be held while the next is made
+    launchable(sparse_gradient_kernel, q_idx)[(T, -(-HI // BHI), B)](
+        grad, ds, q_idx, k_idx, w, w_scaled, indices.contiguous(), *classes, dq, dk, dw, 1.0 / (B * T * ds_scale), T,
+        sizes.P, indices.shape[2], **sizes.index, BHI=BHI, BS=BS, DS_SCALE=ds_scale,
+        PRECISION=product_precision(q_idx), STAGES=stages, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return dk

@@ -11,12 +11,13 @@ With C_t the classes (keys, or pools of ``KPOOL`` keys) that query t selected an
     x_tjc  = q_idx_tj . k_idx_c        g_tjc = ds_tc where x_tjc > 0, else 0
     dw_tj  = sum_c g_tjc x_tjc         dq_tj = w_tj sum_c g_tjc k_idx_c         dk_c += sum_j g_tjc w_tj q_idx_tj
 
-Forward:   `sparse_lse_kernel` -> for each chunk of rows: `sparse_target_kernel` (P of each group of heads into a
-           workspace [rows, groups, J]) -> `sparse_compare_kernel` (the row's loss, NOTE [Five sums] in loss_dense.py)
-Backward:  for each chunk of rows: `sparse_target_kernel` -> `sparse_compare_kernel` (ds into a second workspace)
-           -> `sparse_gradient_kernel`
+Forward:   `sparse_lse_kernel`, where the attention has not left its lse -> for each chunk of rows:
+           `sparse_target_kernel` (P of each group of heads into a workspace [rows, groups, J])
+           -> `sparse_compare_kernel` (the row's loss, NOTE [Five sums] in loss_dense.py, and ds)
+Backward:  `sparse_gradient_kernel`
 
 A group is at most 64 heads that share a key head: one tile of rows, which stays in place while selected keys pass by.
+The keys of the attention are the wide ones, and fetched once; so ds is kept, as long as the selection itself.
 
 Rows of k_idx are shared by queries in no known order: dk is added up by float32 atomics, and its last bits differ from
 run to run.
@@ -29,6 +30,9 @@ import triton.language as tl
 
 from .loss_dense import kl_of_sums
 from .loss_tiles import LN_2, LOG2_E, finite_or_zero, load_parts, products
+
+# Slots that a row's program turns from scores into ds at once: 8 a thread, where products take 64.
+SWEEP = tl.constexpr(1024)
 
 
 @triton.jit
@@ -129,17 +133,22 @@ def total(b):
     return tl.sum(b[None, :], 1)
 
 
+@triton.jit
+def load_target(p_P, slot, J, GROUPS: tl.constexpr):
+    """Sum P of the groups of heads in slots of one row."""
+    b_P = tl.load(p_P + slot, mask=slot < J, other=0.0)
+    for i_group in range(1, GROUPS):
+        b_P += tl.load(p_P + i_group * J + slot, mask=slot < J, other=0.0)
+    return b_P
+
+
 @triton.jit(do_not_specialize=["b0", "start", "T", "P", "J"])
 def sparse_compare_kernel(
-    p_q_idx, p_k_idx, p_w, p_P, p_indices, p_first, p_last, p_lse_idx, p_out, p_log_N, b0, start, T, P, J,
-    HI: tl.constexpr, DI: tl.constexpr, BD: tl.constexpr, GROUPS: tl.constexpr, BHI: tl.constexpr, BS: tl.constexpr,
-    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    p_q_idx, p_k_idx, p_w, p_P, p_indices, p_first, p_last, p_kl, p_ds, b0, start, T, P, J, HI: tl.constexpr,
+    DI: tl.constexpr, BD: tl.constexpr, GROUPS: tl.constexpr, BHI: tl.constexpr, BS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compare both distributions of one query over its selection.
-
-    The forward writes the loss of the row to ``p_out [B, T]``, lse_I and log N; the backward reads lse_I and writes ds
-    to ``p_out [NB, rows, J]``.
-    """
+    """Compare both distributions of one query over its selection: its loss ``p_kl [B, T]`` and ``p_ds [B, T, J]``."""
     INDEX_TILES: tl.constexpr = (HI + BHI - 1) // BHI
     i_t, i_b = start + tl.program_id(0), b0 + tl.program_id(1).to(tl.int64)
     o_s, i_d = tl.arange(0, BS), tl.arange(0, BD)
@@ -149,13 +158,11 @@ def sparse_compare_kernel(
     p_w += row * HI
     p_k_idx += i_b * P * DI
     p_indices += row * J
+    p_ds += row * J
     p_P += i_row * GROUPS * J
     # What fits one tile of rows is loaded once.
     if INDEX_TILES == 1:
         b_q, b_w = load_index_heads(p_q_idx, p_w, 0, HI, DI, BD, BHI)
-    if BACKWARD:
-        lse_idx = tl.load(p_lse_idx + row) * LOG2_E
-        p_out += i_row * J
     largest = tl.full((1,), float("-inf"), dtype=tl.float32)
     L = tl.zeros((1,), dtype=tl.float32)
     N = tl.zeros((1,), dtype=tl.float32)
@@ -175,42 +182,40 @@ def sparse_compare_kernel(
                 b_q, b_w = load_index_heads(p_q_idx, p_w, i_tile, HI, DI, BD, BHI)
                 b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
                 b_I += tl.sum(tl.maximum(b_x, 0.0) * b_w[:, None], 0)
-        b_I *= LOG2_E
-        b_p = tl.load(p_P + slot, mask=slot < J, other=0.0)
-        for i_group in range(1, GROUPS):
-            b_p += tl.load(p_P + i_group * J + slot, mask=slot < J, other=0.0)
-        if BACKWARD:
-            tl.store(p_out + slot, tl.where(allowed, tl.exp2(b_I - lse_idx) - b_p, 0.0), mask=slot < J)
-        else:
-            larger = tl.maximum(largest, tl.max(tl.where(allowed, b_I, float("-inf"))[None, :], 1))
-            base = finite_or_zero(larger)
-            b_I = tl.where(allowed, b_I - base, 0.0)
-            L = L * tl.exp2(largest - base) + total(tl.where(allowed, tl.exp2(b_I), 0.0))
-            X += N * (finite_or_zero(largest) - base) + total(b_p * b_I)
-            N += total(b_p)
-            A += total(b_p * tl.log2(tl.where(b_p > 0.0, b_p, 1.0)))
-            largest = larger
-    if not BACKWARD:
-        kl, lse_idx, log_N = kl_of_sums(largest, L, N, A, X)
-        row += tl.arange(0, 1)
-        tl.store(p_out + row, kl)
-        tl.store(p_lse_idx + row, lse_idx)
-        tl.store(p_log_N + row, log_N)
+        b_I = tl.where(allowed, b_I * LOG2_E, float("-inf"))
+        tl.store(p_ds + slot, b_I, mask=slot < J)  # of which ds is made when the row has ended
+        b_P = load_target(p_P, slot, J, GROUPS)
+        larger = tl.maximum(largest, tl.max(b_I[None, :], 1))
+        base = finite_or_zero(larger)
+        b_I = tl.where(allowed, b_I - base, 0.0)
+        L = L * tl.exp2(largest - base) + total(tl.where(allowed, tl.exp2(b_I), 0.0))
+        X += N * (finite_or_zero(largest) - base) + total(b_P * b_I)
+        N += total(b_P)
+        A += total(b_P * tl.log2(tl.where(b_P > 0.0, b_P, 1.0)))
+        largest = larger
+    kl, _, _ = kl_of_sums(largest, L, N, A, X)
+    tl.store(p_kl + row + tl.arange(0, 1), kl)
+    # Without a class, or with all attention in the tail, the sums are zero, and so is what they divide.
+    base, L, N = finite_or_zero(largest), tl.where(L > 0.0, L, 1.0), tl.where(N > 0.0, N, 1.0)
+    tl.debug_barrier()  # all scores have been stored
+    for i_s in range(0, J, SWEEP):
+        slot = i_s + tl.arange(0, SWEEP)
+        b_I = tl.load(p_ds + slot, mask=slot < J, other=float("-inf"))
+        b_p = load_target(p_P, slot, J, GROUPS) / N
+        tl.store(p_ds + slot, tl.exp2(b_I - base) / L - b_p, mask=slot < J)
 
 
-@triton.jit(do_not_specialize=["b0", "start", "T", "P", "J"])
+@triton.jit(do_not_specialize=["T", "P", "J"])
 def sparse_gradient_kernel(
-    p_grad, p_ds, p_q_idx, p_k_idx, p_w, p_w_scaled, p_indices, p_first, p_last, p_dq, p_dk, p_dw, factor, b0, start,
-    T, P, J, HI: tl.constexpr, DI: tl.constexpr, BD: tl.constexpr, BHI: tl.constexpr, BS: tl.constexpr,
-    DS_SCALE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    p_grad, p_ds, p_q_idx, p_k_idx, p_w, p_w_scaled, p_indices, p_first, p_last, p_dq, p_dk, p_dw, factor, T, P, J,
+    HI: tl.constexpr, DI: tl.constexpr, BD: tl.constexpr, BHI: tl.constexpr, BS: tl.constexpr, DS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write dq and dw of BHI indexer heads of one query, and add what they give to ``DS_SCALE * dk [B, P, DI]``.
 
     ``factor`` times the gradient scales dq and dw; the caller scales dk.  NOTE [Scaled ds] in loss_dense_backward.py.
     """
-    i_t, i_group = start + tl.program_id(0), tl.program_id(1)
-    i_n = tl.program_id(2).to(tl.int64)
-    i_b = b0 + i_n
+    i_t, i_group, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_s, i_d = tl.arange(0, BS), tl.arange(0, BD)
     i_h, m_d = i_group * BHI + tl.arange(0, BHI), (i_d < DI)[None, :]
     row = i_b * T + i_t
@@ -218,7 +223,7 @@ def sparse_gradient_kernel(
     p_k_idx += i_b * P * DI
     p_dk += i_b * P * DI
     p_indices += row * J
-    p_ds += (i_n * tl.num_programs(0) + tl.program_id(0)) * J
+    p_ds += row * J
     DT: tl.constexpr = p_k_idx.dtype.element_ty
     b_dq = tl.zeros((BHI, BD), dtype=tl.float32)
     b_dw = tl.zeros((BHI,), dtype=tl.float32)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hybrid_flex.kernels.dsa import loss as launchers
 from hybrid_flex.ops.dsa.indexer import visible_ranges
-from hybrid_flex.ops.dsa.reference import reference_kl_loss, reference_visible
+from hybrid_flex.ops.dsa.pooling import expand_pools
+from hybrid_flex.ops.dsa.reference import reference_attention, reference_kl_loss, reference_visible
 
 NAMES = ("q_idx", "k_idx", "w")
 GRAD = 3.0
@@ -100,19 +101,23 @@ def ranges_of(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(
-    device: str, case: Case, tensors: list[Tensor], indices: Tensor | None, workspace_bytes: int = 2**28
+    device: str,
+    case: Case,
+    tensors: list[Tensor],
+    indices: Tensor | None,
+    workspace_bytes: int = 2**28,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss and GRAD times its gradients, from the kernels."""
     tensors = [x.to(device) for x in tensors]
-    indices = None if indices is None else indices.to(device)
+    indices, lse = (None if x is None else x.to(device) for x in (indices, lse))
     ranges, scale = ranges_of(case, device), case.D**-0.5
     grad = torch.tensor(GRAD, device=device)
-    # A row takes ten times as much in the backward of these sizes.
-    loss, lse, lse_idx = launchers.loss_forward(
-        *tensors, indices, ranges, scale, case.start, case.kpool, workspace_bytes // 10
-    )
-    assert lse.dtype == lse_idx.dtype == loss.dtype == torch.float32
-    grads = launchers.loss_backward(grad, *tensors, indices, lse, lse_idx, ranges, scale, case.kpool, workspace_bytes)
+    # In the dense stage a row takes ten times as much in the backward of these sizes.
+    forward_bytes = workspace_bytes // 10 if indices is None else workspace_bytes
+    loss, *kept = launchers.loss_forward(*tensors, indices, lse, ranges, scale, case.start, case.kpool, forward_bytes)
+    assert {x.dtype for x in (loss, *kept)} == {torch.float32}
+    grads = launchers.loss_backward(grad, *tensors, indices, *kept, ranges, scale, case.kpool, workspace_bytes)
     assert [x.dtype for x in grads] == [x.dtype for x in tensors[:3]]
     return loss.cpu(), dict(zip(NAMES, (x.cpu() for x in grads), strict=True))
 
@@ -176,6 +181,20 @@ def test_many_chunks_of_rows(device: str, cases: dict[str, Case], stage: str, na
     parts = run(device, case, tensors, indices, CHUNKED_BYTES[stage])
     assert loss == parts[0]
     check(parts, expect(case, tensors, indices))
+
+
+@pytest.mark.parametrize("case", [SPARSE[2], SPARSE[4], SPARSE[8]], ids=str)
+def test_log_sum_exps_may_be_given(device: str, case: Case, nan_memory: None) -> None:
+    tensors, indices = draw(case), select(case)
+    tokens = indices
+    if case.kpool > 1:
+        tokens = expand_pools(indices.sort(-1, descending=True).values, case.kpool, query_start=case.start)
+    q, k = (x.double() for x in tensors[3:])
+    lse = reference_attention(q, k, k, tokens, case.D**-0.5)[1]
+    check(run(device, case, tensors, indices, lse=lse.float()), expect(case, tensors, indices))
+    # They are what is read: heads count as much as theirs say.
+    wrong = run(device, case, tensors, indices, lse=lse.float() + torch.arange(case.H))
+    assert not wrong[0].isclose(expect(case, tensors, indices)[0].float(), rtol=1e-3)
 
 
 @STAGES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hybrid_flex.ops.dsa import indexer_kl_loss, lightning_topk
+from hybrid_flex.ops.dsa import expand_pools, indexer_kl_loss, lightning_topk, sparse_attention
 from hybrid_flex.ops.dsa.reference import reference_kl_loss
 
 CASES = [
@@ -51,6 +51,35 @@ def test_float64_loss_and_gradients(case: tuple, stage: str, small_blocks: None)
     for name, a, e in zip(NAMES, *grads, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"d{n}: {m}")
         assert t == 1 or e.abs().max() > 0
+
+
+@pytest.mark.parametrize("kpool", [1, 4])
+def test_log_sum_exps_of_the_attention_may_be_given(kpool: int, small_blocks: None) -> None:
+    indexer, (q, k) = draw(2, 30, 30, kpool)
+    indices = lightning_topk(*indexer, 3, kpool=kpool)
+    _, lse = sparse_attention(q, k.requires_grad_(), k.detach(), expand_pools(indices, kpool))
+    given = indexer_kl_loss(*indexer, q, k, indices=indices, lse=lse, kpool=kpool)
+    want = reference_kl_loss(*indexer, q, k.detach(), indices=indices, kpool=kpool)
+    torch.testing.assert_close(given, want, rtol=1e-10, atol=1e-12)
+    grads = (torch.autograd.grad(x, indexer, retain_graph=True) for x in (given, want))
+    for name, a, e in zip(NAMES, *grads, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"d{n}: {m}")
+    assert torch.autograd.grad(given, k, allow_unused=True) == (None,)
+    # They are what is read: heads count as much as theirs say.
+    other = indexer_kl_loss(*indexer, q, k, indices=indices, lse=lse + torch.arange(4), kpool=kpool)
+    assert not other.isclose(want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kpool", [1, 4])
+def test_unused_slots_may_stand_anywhere(kpool: int, small_blocks: None) -> None:
+    indexer, attention = draw(2, 30, 30, kpool)
+    indices = lightning_topk(*indexer, 5, kpool=kpool)
+    indices[:, :, 1] = -1
+    indices[:, 9] = -1
+    got, want = (f(*indexer, *attention, indices=indices, kpool=kpool) for f in (indexer_kl_loss, reference_kl_loss))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    for a, e in zip(*(torch.autograd.grad(x, indexer) for x in (got, want)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
@@ -134,13 +163,12 @@ def test_repeated_descent_lowers_the_loss() -> None:
 def test_opcheck(stage: str) -> None:
     indexer, attention = draw(1, 6, 9, 1)
     indices = lightning_topk(*indexer, 3, query_start=3) if stage == "sparse" else None
-    args = (*indexer, *attention, indices, 0.3, True, 3, None, 1)
+    args = (*indexer, *attention, indices, None, 0.3, True, 3, None, 1)
     torch.library.opcheck(torch.ops.hybrid_flex.indexer_kl_loss.default, args)
     plain = [x.detach() for x in (*indexer, *attention)]
-    loss, lse, lse_idx = torch.ops.hybrid_flex.indexer_kl_loss(*plain, *args[5:])
+    loss, *kept = torch.ops.hybrid_flex.indexer_kl_loss(*plain, *args[5:])
     torch.library.opcheck(
-        torch.ops.hybrid_flex.indexer_kl_loss_backward.default,
-        (loss, *plain, indices, lse, lse_idx, 0.3, True, 3, None, 1),
+        torch.ops.hybrid_flex.indexer_kl_loss_backward.default, (loss, *plain, indices, *kept, 0.3, True, 3, None, 1)
     )
 
 
@@ -205,6 +233,13 @@ def test_errors() -> None:
         k,
         indices=indices,
     )
+    lse = torch.zeros(1, 6, 4, dtype=torch.float64)
+    expect(ValueError, r"indexer_kl_loss: lse must be None without indices", q_idx, k_idx, w, q, k, lse=lse)
+    chosen = {"indices": torch.zeros(1, 6, 2, dtype=torch.int32)}
+    message = r"indexer_kl_loss: lse must be \[B, T, H\] = \[1, 6, 4\], got shape \(1, 6, 3\)"
+    expect(ValueError, message, q_idx, k_idx, w, q, k, lse=lse[..., 1:], **chosen)
+    message = r"indexer_kl_loss: lse must have dtype float64, got float32"
+    expect(TypeError, message, q_idx, k_idx, w, q, k, lse=lse.float(), **chosen)
     pools = {"indices": torch.zeros(1, 6, 2, dtype=torch.int32), "kpool": 2, "causal": False}
     message = r"indexer_kl_loss: causal must be True with indices of pools, got False"
     expect(ValueError, message, q_idx, k_idx[:, :3], w, q, k, **pools)

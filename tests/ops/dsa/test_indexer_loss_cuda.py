@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from hybrid_flex.ops.dsa import indexer_kl_loss, lightning_topk
+from hybrid_flex.ops.dsa import expand_pools, indexer_kl_loss, lightning_topk, sparse_attention
 from hybrid_flex.ops.dsa.reference import reference_kl_loss
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +156,22 @@ def test_many_chunks_of_rows(stage: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert (parts[name].double() - expected.double()).norm() <= 5e-3 * expected.double().norm(), name
 
 
+@pytest.mark.parametrize("case", ["mla", "pooled", "gqa"])
+def test_log_sum_exps_of_the_attention_may_be_given(case: str) -> None:
+    tensors, options = draw(case, torch.bfloat16)
+    start, kpool = options["query_start"], options["kpool"]
+    indices = lightning_topk(*(x.float().detach() for x in tensors[:3]), 70, **options)
+    q, k = tensors[3:]
+    tokens = indices if kpool == 1 else expand_pools(indices, kpool, query_start=start)
+    _, lse = sparse_attention(q, k, None, tokens, value_dim=min(512, k.shape[3]))
+    own = results(indexer_kl_loss, tensors, indices=indices, **options)
+    given = results(indexer_kl_loss, tensors, indices=indices, lse=lse, **options)
+    for name, x in own.items():
+        torch.testing.assert_close(given[name].double(), x.double(), rtol=1e-2, atol=1e-3 * float(x.abs().max()))
+    other = results(indexer_kl_loss, tensors, indices=indices, lse=lse + torch.arange(q.shape[2]).cuda(), **options)
+    assert not other["loss"].isclose(own["loss"], rtol=1e-3)
+
+
 @STAGES
 def test_memory_does_not_grow_with_t_times_s(stage: str) -> None:
     B, T, H, D, HI, DI = 1, 32768, 2, 64, 2, 64
@@ -191,11 +207,11 @@ def test_nothing_waits_for_the_device(stage: str) -> None:
 def test_opcheck(stage: str) -> None:
     tensors, options = draw("gqa", torch.float32)
     indices = select(tensors, options) if stage == "sparse" else None
-    args = (*tensors, indices, 0.125, True, options["query_start"], None, 1)
+    args = (*tensors, indices, None, 0.125, True, options["query_start"], None, 1)
     torch.library.opcheck(torch.ops.hybrid_flex.indexer_kl_loss.default, args)
     plain = [x.detach() for x in tensors]
-    loss, lse, lse_idx = torch.ops.hybrid_flex.indexer_kl_loss(*plain, *args[5:])
-    others = (indices, lse, lse_idx, *args[6:])
+    loss, *kept = torch.ops.hybrid_flex.indexer_kl_loss(*plain, *args[5:])
+    others = (indices, *kept, *args[7:])
     # Atomics make two runs differ in their last bits: only what opcheck compares exactly is left out.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
