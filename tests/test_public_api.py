@@ -72,7 +72,7 @@ EXPORT = {
     "export_prefill": "model, *, batch_size=2, seq_len=128, dynamic=True, max_batch_size=None, max_seq_len=None, "
     "max_length=None, strict=False",
     "load": "path",
-    "load_package": "path",
+    "load_package": "path, *, run_single_threaded=False",
     "package": "model, path, device=None, *, max_length=4096, max_batch_size=None",
     "portable": "program, *, flat=False",
     "runner": "program",

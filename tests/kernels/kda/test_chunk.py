@@ -151,8 +151,13 @@ def test_anchors(case: str, shift: int, reach: int, device: str, monkeypatch: py
     assert not [name for name in want if not errors[name] < 5e-5], errors
 
 
-@pytest.mark.parametrize("v_first", [False, True], ids=["k first", "v first"])
-@pytest.mark.parametrize("count", [2, 3, 5])
+SEGMENTS = [(count, v_first) for count in (2, 3, 5) for v_first in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "v_first"),
+    [pytest.param(*x, marks=[] if x in ((2, True), (5, False)) else pytest.mark.slow) for x in SEGMENTS],
+)
 def test_segments(count: int, v_first: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences cut into segments: the last one shorter, their states and gradients joined."""
     from hybrid_flex.kernels.kda import chunk
