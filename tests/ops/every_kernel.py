@@ -106,6 +106,9 @@ def sparse(device: str) -> None:
         v = k[..., :V] if Hkv == 1 else torch.randn(1, 90, Hkv, V, device=device, dtype=dtype, requires_grad=True)
         o, lse = sparse_attention(q, k, v, indices)
         torch.autograd.grad(o.float().sum() + lse.sum(), [x for x in (q, k, v) if x.is_leaf])
+    # Few tokens of many slots, cut into spans.
+    q, k = torch.randn(1, 1, 2, 64, device=device), torch.randn(1, 300, 1, 64, device=device)
+    sparse_attention(q, k, None, torch.arange(300, device=device)[None, None], value_dim=64)
     # With 64 heads the kernel for latent rows on Hopper, and the sums of keys and values in one.
     for H, D in ((40, 576), (64, 512), (3, 128)):
         shapes = ((1, 3, H, D), (1, 90, 1, D))

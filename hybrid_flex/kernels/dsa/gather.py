@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,6 +43,8 @@ from hybrid_flex.kernels.launch import (
     product_precision,
     two_widths,
 )
+
+from .spans import PIECE, combine_kernel, cut, is_cut, most_spans
 
 # Values are padded to NARROWEST columns: NOTE [Narrow products] in launch.py.
 WIDEST_PIECE = 256
@@ -142,18 +145,28 @@ def token_rows(p_x, i_token, i_batch, i_row, T, x_batch, x_token, x_head, H: tl.
     return p_x + i_batch * x_batch + (i_token - i_batch * T) * x_token + (i_row - i_token * H) * x_head
 
 
-@triton.jit(do_not_specialize=["num_tokens", "T", "J"])
+@triton.jit(do_not_specialize=["num_tokens", "T", "J", "spans", "span"])
 def gather_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J,
+    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J, spans, span,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Compute o and lse of one token for a tile of heads that share a key head."""
-    i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, 0, H, HKV, BH)
+    """Compute o and lse of one token for a tile of heads that share a key head.
+
+    If ``CUT``, those over one of its spans: ``p_o [tokens, H, spans, V]``, where there is a key, and ``p_lse``.
+    """
+    i_program = tl.program_id(0)
+    if CUT:
+        i_program = i_program // spans
+    i_token, i_batch, i_kv, i_row, m_head = place(i_program, num_tokens, T, 0, H, HKV, BH)
     MASKED: tl.constexpr = (H // HKV) % BH != 0
     p_slots += i_token * J
+    if CUT:
+        first = tl.program_id(0) % spans * span
+        p_slots += first
+        J = tl.minimum(J - first, span)
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
     number, has_gaps, last_row = look_through(p_slots, J)
@@ -213,11 +226,18 @@ def gather_kernel(
     # Where the results go is computed anew: kept through the loop, the addresses would take registers from the sums.
     # The grid has one dimension, which the compiler does not know; what it must not depend on is anything loaded, or
     # torch takes the slots for something that is written, and copies them around the kernel in every graph.
-    _, _, _, i_row, m_head = place(tl.program_id(0) + tl.program_id(1), num_tokens, T, 0, H, HKV, BH)
+    i_program = tl.program_id(0) + tl.program_id(1)
+    if CUT:
+        _, _, _, i_row, m_head = place(i_program // spans, num_tokens, T, 0, H, HKV, BH)
+        i_row = i_row * spans + i_program % spans
+        m_store = m_head & (b_L > 0.0)[:, None]
+    else:
+        _, _, _, i_row, m_head = place(i_program, num_tokens, T, 0, H, HKV, BH)
+        m_store = m_head
     p_rows = p_o + i_row * V
-    store_piece(p_rows, b_o0 * b_r, m_head, 0, VPIECE, V)
+    store_piece(p_rows, b_o0 * b_r, m_store, 0, VPIECE, V)
     if VPIECES > 1:
-        store_piece(p_rows, b_o1 * b_r, m_head, VPIECE, VPIECE, V)
+        store_piece(p_rows, b_o1 * b_r, m_store, VPIECE, VPIECE, V)
     b_lse = tl.where(b_L > 0.0, b_m * LN_2 + tl.log(b_total), float("-inf"))
     tl.store(p_lse + i_row, b_lse[:, None], mask=m_head)
 
@@ -321,8 +341,19 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     B, T, J = q.shape[0], q.shape[1], indices.shape[2]
     H, HKV = constants["H"], constants["HKV"]
     tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
-    grid = (B * T * HKV * -(-(H // HKV) // tiles["BH"]),)
-    launchable(gather_kernel)[grid](
-        q, k, v, indices.contiguous(), o, lse, float(scale), B * T, T, J,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, num_stages=tiles["STAGES"],
+    programs = HKV * -(-(H // HKV) // tiles["BH"])
+    spans, span = cut(B, T, J, programs)
+    o_spans, lse_spans = o, lse
+    if is_cut(spans):  # NOTE [Few tokens] in spans.py
+        lse_spans = torch.empty((B * T * H, spans), dtype=torch.float32, device=q.device)
+        o_spans = torch.empty((B * T * H, spans, width.V), dtype=torch.float32, device=q.device)
+    launchable(gather_kernel)[(B * T * programs * spans,)](
+        q, k, v, indices.contiguous(), o_spans, lse_spans, float(scale), B * T, T, J, spans, span,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=is_cut(spans),
+        num_stages=tiles["STAGES"],
     )  # fmt: skip
+    if is_cut(spans):
+        BV = min(PIECE, next_power_of_2(width.V))
+        launchable(combine_kernel)[(B * T * H, -(-width.V // BV))](
+            o_spans, lse_spans, o, lse, spans, V=width.V, BV=BV, BS=most_spans(spans), num_warps=4
+        )

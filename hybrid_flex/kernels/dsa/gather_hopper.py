@@ -35,6 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from hybrid_flex.kernels.launch import device_limits, on_its_device
 
+from .gather import launch_gather
+from .spans import cut
+
 # Names of Triton 3.7 and 3.9, and what they were before.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -50,6 +53,8 @@ FIRST = gl.constexpr(256)
 HEADS = 64
 VALUE_DIM = 512
 KEY_DIMS = (512, 576)
+# Of a token whose slots gather.py cuts into that many spans, its kernel is the faster one, by what a tile takes.
+ENOUGH_SPANS = 4
 
 
 @gluon.jit
@@ -273,17 +278,23 @@ def lies_on_lines(x: Tensor) -> bool:
 def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *, o: Tensor, lse: Tensor) -> None:
     """Write the attention over the selected rows to ``o`` and its log-sum-exps to ``lse``.
 
+    Tokens are few where this kernel would leave most of the device idle; then gather.py does it.
+
     Args:
         q, indices, scale: arguments of `sparse_attention`, which has checked them.
         k: its keys, whose first VALUE_DIM columns are the values.
         o: output, ``[B, T, H, VALUE_DIM]``, contiguous, in q's dtype.
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
+    B, T, H, D = q.shape
+    HKV, J = k.shape[2], indices.shape[2]
+    programs = HKV * -(-(H // HKV) // HEADS)
+    if cut(B, T, J, programs)[0] >= ENOUGH_SPANS:
+        launch_gather(q, k, k[..., :VALUE_DIM], indices, scale, o=o, lse=lse)
+        return
     indices = indices.contiguous()
     q, k = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k))
-    B, T, H, D = q.shape
-    HKV = k.shape[2]
-    gather_hopper_kernel[(B * T * HKV * -(-(H // HKV) // HEADS),)](
-        q, k, indices, o, lse, float(scale), T, indices.shape[2], *strides(q), *strides(k), H=H, HKV=HKV, D=D,
-        V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8,
+    gather_hopper_kernel[(B * T * programs,)](
+        q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k), H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS,
+        BN=64, num_warps=8,
     )  # fmt: skip

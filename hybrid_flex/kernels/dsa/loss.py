@@ -163,10 +163,9 @@ def loss_forward(
     sizes, classes = _sizes(q_idx, k_idx, q, k), (first_class, last_class)
     tensors, scale_log2 = (q, k, q_idx, k_idx, w), scale * 1.4426950408889634
     kl = q.new_empty(q.shape[:2], dtype=torch.float32)
-    empty = kl.new_empty(0)
     if indices is None:
         lse, lse_idx = _dense_forward(tensors, (first, last), classes, kl, scale_log2, sizes, kpool, workspace_bytes)
-        return kl.mean(), lse, lse_idx, empty
+        return kl.mean(), lse, lse_idx, kl.new_empty(0)
     indices = indices.contiguous()
     if lse is None:
         BH, BS, warps, stages = _head_tile(sizes, q)
@@ -177,7 +176,7 @@ def loss_forward(
             num_stages=stages,
         )  # fmt: skip
     ds = _sparse_forward(tensors, indices, lse.contiguous(), classes, kl, scale_log2, sizes, kpool, workspace_bytes)
-    return kl.mean(), empty, empty, ds
+    return kl.mean(), kl.new_empty(0), kl.new_empty(0), ds
 
 
 @on_its_device

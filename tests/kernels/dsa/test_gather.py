@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.kernels.dsa import gather, gather_backward
+from hybrid_flex.kernels.dsa import gather, gather_backward, spans
 from hybrid_flex.kernels.dsa.gather import (
     is_served,
     launch_gather,
@@ -164,6 +164,51 @@ def test_wide_form_of_narrow_rows(
     monkeypatch.setattr(gather_backward, "WIDEST_NARROW", 0)
     x = make(1, 2, 33, H, 1, D, Dv, torch.float16, shared=one_sum)
     assert_as_good_as_plain(device, x, select(1, 2, 33, 20), one_sum=one_sum)
+
+
+@pytest.fixture
+def short_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the slots of few tokens into spans of 16 and more, the first of each token without any key."""
+    monkeypatch.setattr(spans, "TILE", 16)
+    monkeypatch.setattr(spans, "LEAST_TILES", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=lambda s: "B{}-T{}-S{}-H{}-Hkv{}-D{}-Dv{}-J{}".format(*s))
+def test_few_tokens_in_spans(device: str, sizes: tuple[int, ...], dtype: torch.dtype, short_spans: None) -> None:
+    B, T, S, _, Hkv, *_, J = sizes
+    assert spans.cut(B, T, J, Hkv)[0] > 1
+    indices = select(B, T, S, J)
+    indices[:, 0, :16] = -1
+    assert_as_good_as_plain(device, make(*sizes[:7], dtype), indices)
+
+
+def test_spans_change_nothing_but_rounding(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, indices = make(2, 2, 90, 4, 2, 24, 40, torch.float32), select(2, 2, 90, 80)
+    whole = run(device, x, indices, 0.2)
+    monkeypatch.setattr(spans, "LEAST_TILES", 1)
+    for tile, number in ((64, 2), (32, 3), (16, 5)):
+        monkeypatch.setattr(spans, "TILE", tile)
+        assert spans.cut(2, 2, 80, 2) == (number, tile)
+        parts = run(device, x, indices, 0.2)
+        for name in ("o", "lse"):
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_no_keys_in_any_span(device: str, short_spans: None) -> None:
+    got = run(device, make(1, 2, 5, 2, 1, 16, 16, torch.float32), torch.full((1, 2, 40), -1, dtype=torch.int32), 0.2)
+    assert (got["o"] == 0).all() and (got["lse"] == float("-inf")).all()
+
+
+def test_slots_are_cut_where_programs_are_few() -> None:
+    assert spans.cut(1, 1, 2048, 1) == (16, 128) and spans.cut(1, 1, 2051, 1) == (17, 128)
+    assert spans.cut(8, 1, 2048, 1) == (16, 128) and spans.cut(64, 1, 2048, 1) == (2, 1024)
+    assert spans.cut(1, 1, 2048, 8) == (16, 128) and spans.cut(1, 4096, 2048, 1)[0] == 1
+    assert spans.cut(1, 1, 128, 1) == (1, 128) and spans.cut(0, 1, 0, 1)[0] == 1
+    for B, T, J, programs in ((1, 1, 8191, 1), (3, 2, 1000, 2), (2, 5, 65, 8), (1, 1, 16384, 1)):
+        number, span = spans.cut(B, T, J, programs)
+        assert (number - 1) * span < J <= number * span and number <= spans.MOST_SPANS
+        assert number == 1 or B * T * programs * number <= spans.ENOUGH_PROGRAMS
 
 
 def test_values_elsewhere_in_the_cache(device: str) -> None:

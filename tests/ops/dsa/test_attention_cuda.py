@@ -31,6 +31,9 @@ CASES = [
     (1, 20, 100, 32, 1, 256, 256, 64, True),
     (1, 9, 5, 2, 1, 16, 16, 12, False),
     (1, 300, 2000, 64, 1, 576, 512, 1024, True),
+    (1, 1, 3000, 64, 1, 576, 512, 2051, True),
+    (2, 3, 3000, 32, 8, 128, 128, 2048, False),
+    (3, 1, 3000, 20, 1, 512, 512, 1000, True),
 ]
 IDS = ["B{}-T{}-S{}-H{}-Hkv{}-D{}-Dv{}-J{}{}".format(*case[:8], "-shared" if case[8] else "") for case in CASES]
 
@@ -180,6 +183,26 @@ def test_latent_rows_on_hopper(D: int, H: int, J: int, dtype: torch.dtype, selec
         want = sparse_attention(queries.contiguous(), cache, None, behind, value_dim=512)
         got = sparse_attention(queries, cache, None, behind, value_dim=512)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(("H", "Hkv", "D"), [(64, 1, 512), (32, 8, 128)], ids=["latent", "grouped"])
+def test_few_tokens_in_one_graph_for_all_numbers_of_sequences(
+    H: int, Hkv: int, D: int, selection: Callable[..., Tensor], fresh_dynamo: None
+) -> None:
+    counter = CompileCounterWithBackend("inductor")
+
+    def attend(q: Tensor, k: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return sparse_attention(q, k, None, indices, value_dim=D)
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for batch_size in (2, 5, 70, 200):
+        q, k, _ = (x.detach() for x in draw((batch_size, 1, 900, H, Hkv, D, D, 700, True), torch.bfloat16))
+        indices = selection(batch_size, 1, 900, 700).cuda()
+        right = sparse_attention(q.double(), k.double(), None, indices, value_dim=D)
+        for o, lse in (compiled(q, k, indices), attend(q, k, indices)):
+            assert (o - right[0]).norm() < 5e-3 * right[0].norm()
+            torch.testing.assert_close(lse.double(), right[1], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_latent_rows_compiled_and_exported(selection: Callable[..., Tensor], fresh_dynamo: None) -> None:
