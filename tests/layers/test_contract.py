@@ -61,7 +61,7 @@ COMPILED = [
     "dsa-mqa-kpool4",
     "mla-rope-qlora",
     "mla-kpool4",
-    "sequential",
+    pytest.param("sequential", marks=pytest.mark.slow),  # the parts are those of the next one
     "parallel",
 ]
 every_layer = pytest.mark.parametrize("name", LAYERS)

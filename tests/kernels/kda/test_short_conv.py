@@ -87,7 +87,7 @@ def test_optional_arguments(bias: bool, state: bool, d_final: bool, silu: bool, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "zeros"])
-@pytest.mark.parametrize("W", [4, 8], ids=lambda w: f"W{w}")
+@pytest.mark.parametrize("W", [4, pytest.param(8, marks=pytest.mark.slow)], ids=lambda w: f"W{w}")
 @pytest.mark.parametrize(
     "bounds",
     [[0, 9], [0, 0, 1, 1, 3, 9, 9], [0, 63, 65, 65, 66, 130], [0, 127, 128, 140], [0, 0]],
