@@ -37,9 +37,17 @@ MAX_REGISTERS = 128
 ENOUGH_BLOCKS = 256
 """Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
 SPAN_WIDTHS = 4
+FEW_ROWS = 64
+"""Rows that leave most of a GPU idle, NOTE [Few rows]; what their blocks hold at least; and their rounds at most."""
+FEW_WIDTH = 8192
+FEW_ROUNDS = 3
 MOST_ROWS = 65535 // QUERY_TILE * QUERY_TILE
 """Queries of one launch: CUDA's grids are no higher than 65535."""
 
+# NOTE [Few rows]
+# A block takes about 10 us for a tile of candidates, however many it holds: its search is one count after the other
+# (one query on 131072 keys: 5 tiles, 50 us).  Where rows are few, and no block waits for another, a tile is as large as
+# registers allow, all of those that a multiprocessor has; spans are one tile, and what they leave is cut again.
 # NOTE [Open sizes]
 # A graph that leaves B, T or S open holds a fixed number of launches: one for each block of queries, of all batch
 # entries, that the largest sizes need; where nothing bounds T or S they count as OPEN_LENGTH, B as OPEN_BATCH, and
@@ -154,7 +162,7 @@ def lightning_topk(
             scores = _score(own(q_idx), keys, own(w), scale, rows, upper, columns, pages)
         else:
             scores = _unread(out)
-        _select(scores, rows, torch.sym_max(upper, 1), topk, out)
+        _select(scores, rows, torch.sym_max(upper, 1), topk, _held(B, T, topk), _has_few_rows(B, T), out)
         del scores  # before the next block's are made
     return indices
 
@@ -177,22 +185,32 @@ def _integers(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
-def _width(topk: int) -> int:
-    """Return how many candidates to hold: enough that most of them fall out, and that there is work for a warp."""
-    return min(max(4 * next_power_of_2(topk), 2048), MAX_WIDTH)
+def _held(B: int, T: int, topk: int) -> tuple[int, int]:
+    """Return how many candidates a block holds, and how many times as many columns a span has at least.
+
+    Enough that most of them fall out, and that there is work for a warp.
+    """
+    if _has_few_rows(B, T):
+        return min(max(4 * next_power_of_2(topk), FEW_WIDTH), MAX_WIDTH), 1
+    return min(max(4 * next_power_of_2(topk), 2048), MAX_WIDTH), SPAN_WIDTHS
 
 
-def _row_bytes(S: int, topk: int) -> int:
+def _has_few_rows(B: int, T: int) -> bool:
+    """Tell whether NOTE [Few rows] applies: any number of caches counts as few."""
+    return upper_bound(T) < FEW_QUERIES and (not isinstance(B, int) or B * T <= FEW_ROWS)
+
+
+def _row_bytes(S: int, width: int) -> int:
     """Return what scores and candidates of one query take."""
-    width = _width(topk)
     return 4 * S + 64 + (8 * width if width < upper_bound(S) else 0)
 
 
 def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
     """Return how many batch entries and queries of each the workspace holds: whole tiles of queries, if it can."""
-    row_bytes, width = _row_bytes(S, topk), _width(topk)
+    width, span_widths = _held(B, T, topk)
+    row_bytes = _row_bytes(S, width)
     most = workspace_bytes // row_bytes
-    if most < ENOUGH_BLOCKS and 2 * SPAN_WIDTHS * width <= S:  # spans have candidates and results of their own
+    if most < ENOUGH_BLOCKS and 2 * span_widths * width <= S:  # spans have candidates and results of their own
         most = (workspace_bytes - ENOUGH_BLOCKS * 8 * (width + topk)) // row_bytes
     most = max(1, most)
     if most >= T and T <= MOST_ROWS:
@@ -213,13 +231,14 @@ def _blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator
 def _open_blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator[_Block]:
     """Cut queries into a fixed number of blocks, of which the last may be empty: NOTE [Open sizes]."""
     most_B, most_T, most_S = upper_bound(B, OPEN_BATCH), upper_bound(T, OPEN_LENGTH), upper_bound(S, OPEN_LENGTH)
-    fewest = max(1, min(workspace_bytes // (most_B * _row_bytes(most_S, topk)), MOST_ROWS))
+    width, _ = _held(B, T, topk)
+    fewest = max(1, min(workspace_bytes // (most_B * _row_bytes(most_S, width)), MOST_ROWS))
     tile = QUERY_TILE if fewest >= QUERY_TILE else 1
     number = min(-(-most_T // (fewest // tile * tile)), MOST_BLOCKS)
     if number == 1:
         yield _Block(None, 0, T, T)
         return
-    held = workspace_bytes // (B * _row_bytes(S, topk)) // tile * tile
+    held = workspace_bytes // (B * _row_bytes(S, width)) // tile * tile
     enough = (T + number * tile - 1) // (number * tile) * tile
     room = torch.sym_min(T, torch.sym_max(torch.sym_min(held, MOST_ROWS), enough))
     for i in range(number):
@@ -269,25 +288,32 @@ def _score(
     return keys
 
 
-def _spans(num_rows: int, upper: int, width: int, topk: int) -> int:
-    """Return into how many spans to cut rows: as many as keep the GPU busy, of several widths each."""
-    return torch.sym_max(1, torch.sym_min(ENOUGH_BLOCKS // num_rows, upper // max(SPAN_WIDTHS * width, 4 * topk)))
+def _spans(num_rows: int, upper: int, least: int) -> int:
+    """Return into how many spans of at least so many columns to cut rows: as many as keep the GPU busy."""
+    return torch.sym_max(1, torch.sym_min(ENOUGH_BLOCKS // num_rows, upper // least))
 
 
-def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -> None:
+def _select(
+    keys: Tensor, rows: _Rows, upper: int, topk: int, held: tuple[int, int], few: bool, indices: Tensor
+) -> None:
     """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
-    B, num_rows, columns, first_round, num_spans = rows.batch, torch.sym_max(rows.count, 1), keys, True, 1
+    most_width, span_widths = held
+    B, num_rows, columns = rows.batch, torch.sym_max(rows.count, 1), keys
     # Of open sizes only those of few queries: the others would write results of one span, mostly, to read them again.
+    rounds = 1
     if isinstance(rows.count, int) or upper_bound(rows.count) < FEW_QUERIES:
-        num_spans = _spans(B * num_rows, upper, _width(topk), topk)
-        num_spans = 1 if upper_bound(num_spans) == 1 else num_spans
+        rounds = FEW_ROUNDS if few else 2
     seen = [_unread(keys) if x is None else x for x in (rows.first, rows.last)]
     # Torch's compiler does not pass this on: of its launches of 8192 candidates one fills a multiprocessor of 9.0.
-    registers = {"maxnreg": MAX_REGISTERS} if is_plain(keys) else {}
-    while True:
+    registers = {"maxnreg": MAX_REGISTERS} if is_plain(keys) and not few else {}
+    for i_round in range(rounds):
+        num_spans = 1
+        if i_round + 1 < rounds:
+            num_spans = _spans(B * num_rows, upper, max(span_widths * most_width, 4 * topk))
         # An open number of spans may be one, but the rounds must serve them all.
-        last_round = isinstance(num_spans, int) and num_spans == 1
-        width = max(min(next_power_of_2(upper_bound(upper)), _width(topk)), MIN_WIDTH)
+        last_round = upper_bound(num_spans) == 1
+        num_spans = 1 if last_round else num_spans
+        width = max(min(next_power_of_2(upper_bound(upper)), most_width), MIN_WIDTH)
         span = ((upper + num_spans - 1) // num_spans + 15) // 16 * 16
         kept, out_keys, out = _unread(indices), _unread(indices), indices
         if not last_round:
@@ -297,8 +323,8 @@ def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, indices: Tensor) -
         launchable(select_kernel, keys)[(num_spans, num_rows, B)](
             keys, columns, kept, *seen, out_keys, out, keys.stride(1), indices.stride(0), rows.start,
             rows.count, *rows.numbers, upper, span, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),
-            FIRST=first_round, LAST=last_round, num_warps=max(1, width // WARP_WIDTH), num_stages=1, **registers,
+            FIRST=i_round == 0, LAST=last_round, num_warps=max(1, width // WARP_WIDTH), num_stages=1, **registers,
         )  # fmt: skip
         if last_round:
             return
-        keys, columns, upper, num_spans, first_round = out_keys, out, num_spans * topk, 1, False
+        keys, columns, upper = out_keys, out, num_spans * topk

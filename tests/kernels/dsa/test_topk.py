@@ -72,6 +72,25 @@ def test_walks_and_spans(rows_that_fill_a_gpu: int, device: str, monkeypatch: py
         assert torch.equal(got.cpu(), expected(x, topk, start, causal, 1)), topk
 
 
+def test_three_rounds_where_rows_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20000 columns leave 19 spans of 1024 and more, those 3, and those are selected from."""
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
+    x, made = inputs(1, 2, 20000, 1, 16), []
+    launchable = launcher.launchable
+    monkeypatch.setattr(launcher, "launchable", lambda *kernel: made.append(kernel) or launchable(*kernel))
+    for causal, start in ((False, 0), (True, 19990), (True, 3000)):
+        made.clear()
+        got = launcher.lightning_topk(*(t.to(device) for t in x), 200, causal, start, None, 1)
+        assert torch.equal(got.cpu(), expected(x, 200, start, causal, 1))
+        assert len(made) == (3 if start == 3000 else 4)  # scores included
+
+
+def test_what_blocks_hold() -> None:
+    assert launcher._held(1, 1, 512) == launcher._held(16, 4, 2048) == (launcher.FEW_WIDTH, 1)
+    assert launcher._held(1, 1, 4096) == (launcher.MAX_WIDTH, 1)
+    assert launcher._held(65, 1, 512) == launcher._held(1, 16, 512) == (2048, launcher.SPAN_WIDTHS)
+
+
 @pytest.mark.parametrize("scores", ["ascending", "stairs", "zeros", "extremes"])
 def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every column passes, whole tiles are equal, or steps of the search cannot be taken in floats."""

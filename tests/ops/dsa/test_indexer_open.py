@@ -135,11 +135,13 @@ def test_prefill(name: str, kpool: int) -> None:
 def test_decode(most_B: int | None) -> None:
     """One query for each cache: heads are the rows of the product, and rows are cut into spans."""
     B = opened(3, most_B)
-    scores, spans, last = launches(written_out(exported(Selection(), B, 1, 131072, lengths=B)))
+    scores, spans, again, last = launches(written_out(exported(Selection(), B, 1, 131072, lengths=B)))
     assert "BH" in scores and scores["grid"][:2] == (1024, 1)
-    assert not spans["LAST"] and last["LAST"] and last["grid"][:2] == (1, 1)
+    assert not spans["LAST"] and not again["LAST"] and last["LAST"] and last["grid"][:2] == (1, 1)
+    assert spans["FIRST"] and not again["FIRST"] and not last["FIRST"]
     few = launches(written_out(exported(Selection(), B, 1, 9000, lengths=B)))
     assert [launch.get("LAST") for launch in few] == [None, True]
+    assert {launch["WIDTH"] for launch in (spans, again, last, few[1])} == {launcher.FEW_WIDTH}
 
 
 def test_fixed_sizes_are_launched_as_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_fixed_sizes_are_launched_as_in_eager_mode(monkeypatch: pytest.MonkeyPat
     launcher.lightning_topk(
         torch.zeros(1, 1, HI, DI), torch.zeros(1, 131072, DI), torch.zeros(1, 1, HI), 2048, True, 131071, None, 1
     )
-    assert [launch["grid"] for launch in found] == eager == [(1024, 1, 1), (4, 1, 1), (1, 1, 1)]
+    assert [launch["grid"] for launch in found] == eager == [(1024, 1, 1), (16, 1, 1), (4, 1, 1), (1, 1, 1)]
 
 
 def test_eight_bits_and_packed_sequences() -> None:
