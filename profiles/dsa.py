@@ -42,16 +42,12 @@ part of them stays, and is marked).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import datetime
 import importlib.metadata
-import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,24 +58,20 @@ from dsa_report import cells, main_table, markdown
 from dsa_rows import OURS, ROWS, BlockRow, DecodeRow, DenseRow, DensityRow, FormsRow, LayerRow, Row
 from dsa_work import WORKS, Call, Contender, Tensors, Work
 from harness import (
-    RESULTS,
     Clock,
     Plan,
-    arguments_without_out,
     chosen_rows,
-    describe_device,
     describe_error,
     free_memory,
     in_order,
-    progress,
     report_stem,
     spread,
     synchronize,
     take_turns,
     total_memory,
-    versions,
     write_report,
 )
+from row_runs import begin_report, end_report, keep_earlier, row_parser, run_rows
 
 MAKERS: dict[type[Row], Callable[..., Work]] = WORKS | {
     DenseRow: DenseWork,
@@ -251,16 +243,6 @@ def time_together(ready: dict[str, Entrant], device: torch.device, plan: Plan, i
         entrant.facts.update(spread(seconds[name]), repeats=len(seconds[name]))
 
 
-def keep_earlier(report: dict[str, Any], path: Path) -> None:
-    """Take over what an earlier run on the same device with the same versions has measured."""
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    alike = [old["versions"].get(name) == report["versions"].get(name) for name in ("torch", "triton")]
-    if old["device"]["name"] == report["device"]["name"] and all(alike):
-        report["rows"] = old["rows"]
-
-
 def add_row(report: dict[str, Any], entry: dict[str, Any], with_peers: bool) -> None:
     """Put a row in its place; where peers were left out, what they did on the row earlier stays beside it."""
     earlier = next((row for row in report["rows"] if row["name"] == entry["name"]), {"contenders": {}})
@@ -280,93 +262,34 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def read_options() -> argparse.Namespace:
-    names = "rows:\n  " + "\n  ".join(row.name for row in ROWS)
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", default="*", help="names or patterns, separated by commas; default: all")
-    parser.add_argument("--no-peer", action="store_true", help="leave the peers out")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, three repeats: shows that everything runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no row after this many seconds")
-    parser.add_argument("--commit", help="what to write down instead of what git says of this checkout")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    return parser.parse_args()
-
-
 def main() -> None:
     begin = time.perf_counter()
-    options = read_options()
+    options = row_parser(__doc__, ROWS, peer="the peers").parse_args()
     rows = chosen_rows("dsa.py", ROWS, options.rows)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("dsa.py: --device cuda needs a GPU; `--device cpu --quick` only shows that everything runs")
-    device = torch.device(options.device)
-    if options.quick and device.type == "cpu":
-        torch.set_num_threads(1)  # at these sizes threads only wait for each other
-    what = versions(**package_versions())
-    what["commit"] = options.commit or what["commit"]
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/dsa.py", *arguments_without_out()]),
-        "device": describe_device(device),
-        "versions": what,
-        "bounds": BOUNDS,
-        "seed": options.seed,
-        "rows": [],
-        "left_out": [],
-        "why_left_out": "",
-    }
-    stem = report_stem(options.out, "dsa_quick" if options.quick else "dsa", report["device"]["name"])
-    keep_earlier(report, stem.with_suffix(".json"))
-    run_rows(rows, device, options, report, stem, begin + options.budget_s)
-    report["seconds"] = time.perf_counter() - begin
-    write_report(stem, report, markdown(report))
-    progress(f"written to {stem}.md and .json after {report['seconds']:.0f} s")
-    print("\n".join(main_table(report["rows"])))
-    if report["left_out"]:
-        print(f"\nLeft out ({report['why_left_out']}): {', '.join(report['left_out'])}.")
-
-
-def run_rows(
-    rows: list[Row],
-    device: torch.device,
-    options: argparse.Namespace,
-    report: dict[str, Any],
-    stem: Path,
-    end: float,
-) -> None:
-    """Measure row after row into the report, and write it after each, until the clock shows ``end``."""
+    device, with_peers = torch.device(options.device), not options.no_peer
     plan = Plan(min_rounds=10, min_seconds=0.3, max_seconds=1.5, warm_up_rounds=2)
     if options.quick:
         plan = Plan(min_rounds=3, min_seconds=0.0, max_seconds=0.05, warm_up_rounds=1)
-    inputs, with_peers = Inputs(device, options.seed), not options.no_peer
-    for i, row in enumerate(rows):
-        row_begin = time.perf_counter()
-        if row_begin > end:
-            report["left_out"] = [left.name for left in rows[i:]]
-            report["why_left_out"] = f"the budget of {options.budget_s:.0f} s was used"
-            return
-        row = row.quick() if options.quick else row
-        entry: dict[str, Any] = asdict(row) | {key: report[key] for key in ("date", "command")}
-        entry["commit"] = report["versions"]["commit"]
-        try:
-            entry |= measure(row, inputs.of(row), plan, with_peers)
-        except Exception as error:  # the inputs do not fit, or the device is gone
-            traceback.print_exc(limit=-2)
-            failed = {"role": "ours", "error": f"not measured: {describe_error(error)}"}
-            entry |= {"contenders": {OURS: failed}, "extras": {}, "interleaved": True}
-        entry["seconds"] = time.perf_counter() - row_begin
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # at these sizes threads only wait for each other
+    report = begin_report("dsa.py", options, BOUNDS, package_versions())
+    stem = report_stem(options.out, "dsa_quick" if options.quick else "dsa", report["device"]["name"])
+    keep_earlier(report, stem.with_suffix(".json"), ("torch", "triton"))
+    inputs = Inputs(device, options.seed)
+
+    def failed(_: Row, why: str) -> dict[str, Any]:
+        return {"contenders": {OURS: {"role": "ours", "error": why}}, "extras": {}}
+
+    def add(entry: dict[str, Any]) -> str:
         add_row(report, entry, with_peers)
         write_report(stem, report, markdown(report))
-        progress(f"[{i + 1}/{len(rows)}] {row.name}: {cells(entry)}; {entry['seconds']:.0f} s")
-        try:
-            synchronize(device)
-        except RuntimeError as error:
-            report["left_out"] = [left.name for left in rows[i + 1 :]]
-            report["why_left_out"] = f"the device failed: {describe_error(error)}"
-            return
+        return cells(entry)
+
+    end = begin + options.budget_s
+    run_rows(rows, options, report, end, lambda row: measure(row, inputs.of(row), plan, with_peers), failed, add)
+    end_report(report, stem, begin, markdown, main_table(report["rows"]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ them stays, and is marked).
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import json
 import os
@@ -41,18 +40,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import (
-    RESULTS,
     Clock,
     Plan,
-    arguments_without_out,
     chosen_rows,
-    describe_device,
     describe_error,
     free_memory,
     in_order,
@@ -62,7 +58,6 @@ from harness import (
     synchronize,
     take_turns,
     total_memory,
-    versions,
     write_report,
 )
 from kda_report import cell, main_table, markdown
@@ -82,6 +77,7 @@ from kda_rows import (
     run,
 )
 from peer_search import fill_cache, share_search
+from row_runs import begin_report, end_report, keep_earlier, row_parser, run_rows
 
 from hybrid_flex.ops import chunk_kda, fused_recurrent_kda
 
@@ -278,16 +274,6 @@ def search(rows: list[Row], device: torch.device, share: int, num_shares: int) -
             traceback.print_exc(limit=-2)
 
 
-def keep_earlier(report: dict[str, Any], path: Path) -> None:
-    """Take over what an earlier run on the same device with the same versions has measured."""
-    if not path.exists():
-        return
-    old = json.loads(path.read_text())
-    alike = [old["versions"].get(name) == report["versions"].get(name) for name in ("torch", "triton", PEER)]
-    if old["device"]["name"] == report["device"]["name"] and all(alike):
-        report["rows"], report["first_call"] = old["rows"], old["first_call"]
-
-
 def add_row(report: dict[str, Any], entry: dict[str, Any]) -> None:
     """Put a row in its place; where the peer was left out, what it did on the row earlier stays beside it."""
     earlier = next((row for row in report["rows"] if row["name"] == entry["name"]), {"contenders": {}})
@@ -308,22 +294,11 @@ def package_versions() -> dict[str, str]:
 
 
 def read_options() -> argparse.Namespace:
-    names = "rows:\n  " + "\n  ".join(row.name for row in ROWS)
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", default="*", help="names or patterns, separated by commas, or none; default: all")
-    parser.add_argument("--no-peer", action="store_true", help="leave fla out")
+    parser = row_parser(__doc__, ROWS, peer="fla")
     parser.add_argument("--searched", action="store_true", help="fla's search is in Triton's cache already")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, three repeats: shows that everything runs")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")
-    parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no row after this many seconds")
     parser.add_argument(
         "--first-call", nargs="?", choices=(OURS, PEER, "both"), const=OURS, help="see NOTE [First call]; default: ours"
     )
-    parser.add_argument("--commit", help="what to write down instead of what git says of this checkout")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--measure-first-call", choices=(OURS, PEER), help=argparse.SUPPRESS)
     parser.add_argument("--search-share", type=int, nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -349,22 +324,9 @@ def main() -> None:
             contenders.append(PEER)
         except Exception as error:  # importing it may already fail for want of a driver
             progress(f"fla is left out, {describe_error(error)}")
-    what = versions(**package_versions())
-    what["commit"] = options.commit or what["commit"]
-    report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/kda.py", *arguments_without_out()]),
-        "device": describe_device(device),
-        "versions": what,
-        "bounds": BOUNDS,
-        "seed": options.seed,
-        "rows": [],
-        "first_call": {},
-        "left_out": [],
-        "why_left_out": "",
-    }
+    report = begin_report("kda.py", options, BOUNDS, package_versions(), first_call={})
     stem = report_stem(options.out, "kda_quick" if options.quick else "kda", report["device"]["name"])
-    keep_earlier(report, stem.with_suffix(".json"))
+    keep_earlier(report, stem.with_suffix(".json"), ("torch", "triton", PEER), ("rows", "first_call"))
     report["reference_error"] = check_reference(device)
     progress(f"the float64 reference agrees with the recurrence to {report['reference_error']:.1e}")
     end = begin + options.budget_s
@@ -376,53 +338,25 @@ def main() -> None:
     if PEER in contenders and rows and device.type == "cuda" and not options.searched:
         fill_cache(__file__, ["--rows", ",".join(row.name for row in rows)])
         progress(f"the peer's candidates are compiled after {time.perf_counter() - begin:.0f} s")
-    run_rows(rows, contenders, device, options, report, stem, end)
-    report["seconds"] = time.perf_counter() - begin
-    write_report(stem, report, markdown(report))
-    progress(f"written to {stem}.md and .json after {report['seconds']:.0f} s")
-    print("\n".join(main_table(report["rows"])))
-    if report["left_out"]:
-        print(f"\nLeft out ({report['why_left_out']}): {', '.join(report['left_out'])}.")
-
-
-def run_rows(
-    rows: list[Row],
-    contenders: list[str],
-    device: torch.device,
-    options: argparse.Namespace,
-    report: dict[str, Any],
-    stem: Path,
-    end: float,
-) -> None:
-    """Measure row after row into the report, and write it after each, until the clock shows ``end``."""
     plan = Plan(min_rounds=3, min_seconds=0.0, max_seconds=0.2, warm_up_rounds=1) if options.quick else Plan()
-    for i, row in enumerate(rows):
-        row_begin = time.perf_counter()
-        if row_begin > end:
-            report["left_out"] = [left.name for left in rows[i:]]
-            report["why_left_out"] = f"the budget of {options.budget_s:.0f} s was used"
-            return
-        row = row.quick() if options.quick else row
-        entry = {**asdict(row), "state_bytes": row.state_bytes if row.decode else 0}
-        entry |= {key: report[key] for key in ("date", "command")} | {"commit": report["versions"]["commit"]}
-        try:
-            operators = {contender: operator_of(contender, row) for contender in contenders}
-            entry |= measure(row, operators, device, plan, options.seed)
-        except Exception as error:  # the inputs or the reference do not fit, or the device is gone
-            traceback.print_exc(limit=-2)
-            failed = {"error": f"not measured: {describe_error(error)}"}
-            entry |= {"contenders": dict.fromkeys(contenders, failed), "interleaved": True}
-        entry["seconds"] = time.perf_counter() - row_begin
+
+    def state_bytes(row: Row) -> dict[str, Any]:
+        return {"state_bytes": row.state_bytes if row.decode else 0}
+
+    def measured(row: Row) -> dict[str, Any]:
+        operators = {contender: operator_of(contender, row) for contender in contenders}
+        return state_bytes(row) | measure(row, operators, device, plan, options.seed)
+
+    def failed(row: Row, why: str) -> dict[str, Any]:
+        return state_bytes(row) | {"contenders": {contender: {"error": why} for contender in contenders}}
+
+    def add(entry: dict[str, Any]) -> str:
         add_row(report, entry)
         write_report(stem, report, markdown(report))
-        cells = ", ".join(f"{contender} {cell(entry, contender)}" for contender in contenders)
-        progress(f"[{i + 1}/{len(rows)}] {row.name}: {cells}; {entry['seconds']:.0f} s")
-        try:
-            synchronize(device)
-        except RuntimeError as error:
-            report["left_out"] = [left.name for left in rows[i + 1 :]]
-            report["why_left_out"] = f"the device failed: {describe_error(error)}"
-            return
+        return ", ".join(f"{contender} {cell(entry, contender)}" for contender in contenders)
+
+    run_rows(rows, options, report, end, measured, failed, add)
+    end_report(report, stem, begin, markdown, main_table(report["rows"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,7 +229,7 @@ def test_cells_say_what_was_reached(bench: SimpleNamespace) -> None:
         return {"role": role, "flops": flops} | times | facts
 
     def line(**changes: Any) -> str:
-        row = bench.dsa.asdict(bench.dsa_rows.DecodeRow(name=bench.dsa_rows.ROWS[0].name, shape="glm", S=1))
+        row = asdict(bench.dsa_rows.DecodeRow(name=bench.dsa_rows.ROWS[0].name, shape="glm", S=1))
         return bench.dsa_report.main_table([row | {"extras": {}, "interleaved": True} | changes])[-1]
 
     contenders = {
