@@ -38,9 +38,11 @@ ENOUGH_BLOCKS = 256
 """Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
 SPAN_WIDTHS = 4
 FEW_ROWS = 64
-"""Rows that leave most of a GPU idle, NOTE [Few rows]; what their blocks hold at least; and their rounds at most."""
+"""Rows that leave most of a GPU idle: NOTE [Few rows]."""
 FEW_WIDTH = 8192
+"""Candidates that a block of few rows holds at least."""
 FEW_ROUNDS = 3
+"""Rounds of selection of few rows at most."""
 MOST_ROWS = 65535 // QUERY_TILE * QUERY_TILE
 """Queries of one launch: CUDA's grids are no higher than 65535."""
 
@@ -48,6 +50,7 @@ MOST_ROWS = 65535 // QUERY_TILE * QUERY_TILE
 # A block takes about 10 us for a tile of candidates, however many it holds: its search is one count after the other
 # (one query on 131072 keys: 5 tiles, 50 us).  Where rows are few, and no block waits for another, a tile is as large as
 # registers allow, all of those that a multiprocessor has; spans are one tile, and what they leave is cut again.
+
 # NOTE [Open sizes]
 # A graph that leaves B, T or S open holds a fixed number of launches: one for each block of queries, of all batch
 # entries, that the largest sizes need; where nothing bounds T or S they count as OPEN_LENGTH, B as OPEN_BATCH, and
@@ -162,7 +165,7 @@ def lightning_topk(
             scores = _score(own(q_idx), keys, own(w), scale, rows, upper, columns, pages)
         else:
             scores = _unread(out)
-        _select(scores, rows, torch.sym_max(upper, 1), topk, _held(B, T, topk), _has_few_rows(B, T), out)
+        _select(scores, rows, torch.sym_max(upper, 1), topk, _has_few_rows(B, T), out)
         del scores  # before the next block's are made
     return indices
 
@@ -185,19 +188,18 @@ def _integers(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.int32, device=x.device)
 
 
-def _held(B: int, T: int, topk: int) -> tuple[int, int]:
+def _has_few_rows(B: int, T: int) -> bool:
+    """Tell whether NOTE [Few rows] applies: any number of caches counts as few."""
+    return upper_bound(T) < FEW_QUERIES and (not isinstance(B, int) or B * T <= FEW_ROWS)
+
+
+def _held(topk: int, few: bool) -> tuple[int, int]:
     """Return how many candidates a block holds, and how many times as many columns a span has at least.
 
     Enough that most of them fall out, and that there is work for a warp.
     """
-    if _has_few_rows(B, T):
-        return min(max(4 * next_power_of_2(topk), FEW_WIDTH), MAX_WIDTH), 1
-    return min(max(4 * next_power_of_2(topk), 2048), MAX_WIDTH), SPAN_WIDTHS
-
-
-def _has_few_rows(B: int, T: int) -> bool:
-    """Tell whether NOTE [Few rows] applies: any number of caches counts as few."""
-    return upper_bound(T) < FEW_QUERIES and (not isinstance(B, int) or B * T <= FEW_ROWS)
+    least, span_widths = (FEW_WIDTH, 1) if few else (2048, SPAN_WIDTHS)
+    return min(max(4 * next_power_of_2(topk), least), MAX_WIDTH), span_widths
 
 
 def _row_bytes(S: int, width: int) -> int:
@@ -207,7 +209,7 @@ def _row_bytes(S: int, width: int) -> int:
 
 def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
     """Return how many batch entries and queries of each the workspace holds: whole tiles of queries, if it can."""
-    width, span_widths = _held(B, T, topk)
+    width, span_widths = _held(topk, _has_few_rows(B, T))
     row_bytes = _row_bytes(S, width)
     most = workspace_bytes // row_bytes
     if most < ENOUGH_BLOCKS and 2 * span_widths * width <= S:  # spans have candidates and results of their own
@@ -231,7 +233,7 @@ def _blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator
 def _open_blocks(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> Iterator[_Block]:
     """Cut queries into a fixed number of blocks, of which the last may be empty: NOTE [Open sizes]."""
     most_B, most_T, most_S = upper_bound(B, OPEN_BATCH), upper_bound(T, OPEN_LENGTH), upper_bound(S, OPEN_LENGTH)
-    width, _ = _held(B, T, topk)
+    width, _ = _held(topk, _has_few_rows(B, T))
     fewest = max(1, min(workspace_bytes // (most_B * _row_bytes(most_S, width)), MOST_ROWS))
     tile = QUERY_TILE if fewest >= QUERY_TILE else 1
     number = min(-(-most_T // (fewest // tile * tile)), MOST_BLOCKS)
@@ -293,11 +295,9 @@ def _spans(num_rows: int, upper: int, least: int) -> int:
     return torch.sym_max(1, torch.sym_min(ENOUGH_BLOCKS // num_rows, upper // least))
 
 
-def _select(
-    keys: Tensor, rows: _Rows, upper: int, topk: int, held: tuple[int, int], few: bool, indices: Tensor
-) -> None:
+def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, few: bool, indices: Tensor) -> None:
     """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
-    most_width, span_widths = held
+    most_width, span_widths = _held(topk, few)
     B, num_rows, columns = rows.batch, torch.sym_max(rows.count, 1), keys
     # Of open sizes only those of few queries: the others would write results of one span, mostly, to read them again.
     rounds = 1

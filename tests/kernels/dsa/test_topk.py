@@ -86,9 +86,11 @@ def test_three_rounds_where_rows_are_few(device: str, monkeypatch: pytest.Monkey
 
 
 def test_what_blocks_hold() -> None:
-    assert launcher._held(1, 1, 512) == launcher._held(16, 4, 2048) == (launcher.FEW_WIDTH, 1)
-    assert launcher._held(1, 1, 4096) == (launcher.MAX_WIDTH, 1)
-    assert launcher._held(65, 1, 512) == launcher._held(1, 16, 512) == (2048, launcher.SPAN_WIDTHS)
+    assert launcher._held(512, True) == launcher._held(2048, True) == (launcher.FEW_WIDTH, 1)
+    assert launcher._held(4096, True) == (launcher.MAX_WIDTH, 1)
+    assert launcher._held(512, False) == (2048, launcher.SPAN_WIDTHS)
+    assert launcher._has_few_rows(1, 1) and launcher._has_few_rows(16, 4)
+    assert not launcher._has_few_rows(65, 1) and not launcher._has_few_rows(1, 16)
 
 
 @pytest.mark.parametrize("scores", ["ascending", "stairs", "zeros", "extremes"])
