@@ -50,8 +50,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher.torch, "empty", lambda *size, **kind: empty(*size, **kind).fill_(0x7ABCDEF0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", CASES)
+# Sixteen bits are loaded alike whatever the sizes.
+HALF = [pytest.param(name, torch.float16, marks=() if name == "off-tiles" else pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in CASES), *HALF])
 def test_equals_the_reference_bitwise(name: str, dtype: torch.dtype, device: str) -> None:
     *sizes, topk, start, causal, kpool = CASES[name]
     x = inputs(*sizes)
@@ -73,12 +76,12 @@ def test_walks_and_spans(rows_that_fill_a_gpu: int, device: str, monkeypatch: py
 
 
 def test_three_rounds_where_rows_are_few(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20000 columns leave 19 spans of 1024 and more, those 3, and those are selected from."""
+    """11500 columns leave 11 spans of 1024 and more, those 2, and those are selected from."""
     monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
-    x, made = inputs(1, 2, 20000, 1, 16), []
+    x, made = inputs(1, 2, 11500, 1, 16), []
     launchable = launcher.launchable
     monkeypatch.setattr(launcher, "launchable", lambda *kernel: made.append(kernel) or launchable(*kernel))
-    for causal, start in ((False, 0), (True, 19990), (True, 3000)):
+    for causal, start in ((True, 11490), (True, 3000)):
         made.clear()
         got = launcher.lightning_topk(*(t.to(device) for t in x), 200, causal, start, None, 1)
         assert torch.equal(got.cpu(), expected(x, 200, start, causal, 1))

@@ -240,7 +240,7 @@ def test_the_operator_that_keeps_is_for_cuda(make_kda: Make) -> None:
         torch.ops.hybrid_flex.chunk_kda_training(*tensors, True, True, True, False, None, None, None, 0.5, False, 16)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["batched", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["batched", "packed"])
 def test_opcheck(make_kda: Make, packed: bool, fresh_dynamo: None) -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 19]) if packed else None
     x = make_kda(1, 19, 1, 4, 4, HV=2, num_sequences=3 if packed else None, raw=packed, dtype=torch.float32)
