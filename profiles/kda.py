@@ -294,7 +294,7 @@ def package_versions() -> dict[str, str]:
 
 
 def read_options() -> argparse.Namespace:
-    parser = row_parser(__doc__, ROWS, peer="fla")
+    parser = row_parser(__doc__, ROWS, peer="fla", or_none=", or none")
     parser.add_argument("--searched", action="store_true", help="fla's search is in Triton's cache already")
     parser.add_argument(
         "--first-call", nargs="?", choices=(OURS, PEER, "both"), const=OURS, help="see NOTE [First call]; default: ours"

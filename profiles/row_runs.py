@@ -28,13 +28,15 @@ Entry = dict[str, Any]
 Report = dict[str, Any]
 
 
-def row_parser(description: str | None, rows: Sequence[Any], *, peer: str) -> argparse.ArgumentParser:
+def row_parser(
+    description: str | None, rows: Sequence[Any], *, peer: str, or_none: str = ""
+) -> argparse.ArgumentParser:
     """Make a parser of the options that both scripts have; the names of the rows stand at the end of its help."""
     names = "rows:\n  " + "\n  ".join(row.name for row in rows)
     parser = argparse.ArgumentParser(
         description=description, epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="*", help="names or patterns, separated by commas; default: all")
+    parser.add_argument("--rows", default="*", help=f"names or patterns, separated by commas{or_none}; default: all")
     parser.add_argument("--no-peer", action="store_true", help=f"leave {peer} out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, three repeats: shows that everything runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder to write to")

@@ -227,13 +227,14 @@ def gather_kernel(
     # The grid has one dimension, which the compiler does not know; what it must not depend on is anything loaded, or
     # torch takes the slots for something that is written, and copies them around the kernel in every graph.
     i_program = tl.program_id(0) + tl.program_id(1)
+    i_span = 0
     if CUT:
-        _, _, _, i_row, m_head = place(i_program // spans, num_tokens, T, 0, H, HKV, BH)
-        i_row = i_row * spans + i_program % spans
+        i_span, i_program = i_program % spans, i_program // spans
+    _, _, _, i_row, m_head = place(i_program, num_tokens, T, 0, H, HKV, BH)
+    m_store = m_head
+    if CUT:
+        i_row = i_row * spans + i_span
         m_store = m_head & (b_L > 0.0)[:, None]
-    else:
-        _, _, _, i_row, m_head = place(i_program, num_tokens, T, 0, H, HKV, BH)
-        m_store = m_head
     p_rows = p_o + i_row * V
     store_piece(p_rows, b_o0 * b_r, m_store, 0, VPIECE, V)
     if VPIECES > 1:
@@ -343,16 +344,16 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
     programs = HKV * -(-(H // HKV) // tiles["BH"])
     spans, span = cut(B, T, J, programs)
-    o_spans, lse_spans = o, lse
-    if is_cut(spans):  # NOTE [Few tokens] in spans.py
+    in_spans, o_spans, lse_spans = is_cut(spans), o, lse
+    if in_spans:  # NOTE [Few tokens] in spans.py
         lse_spans = torch.empty((B * T * H, spans), dtype=torch.float32, device=q.device)
         o_spans = torch.empty((B * T * H, spans, width.V), dtype=torch.float32, device=q.device)
     launchable(gather_kernel)[(B * T * programs * spans,)](
         q, k, v, indices.contiguous(), o_spans, lse_spans, float(scale), B * T, T, J, spans, span,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=is_cut(spans),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans,
         num_stages=tiles["STAGES"],
     )  # fmt: skip
-    if is_cut(spans):
+    if in_spans:
         BV = min(PIECE, next_power_of_2(width.V))
         launchable(combine_kernel)[(B * T * H, -(-width.V // BV))](
             o_spans, lse_spans, o, lse, spans, V=width.V, BV=BV, BS=most_spans(spans), num_warps=4

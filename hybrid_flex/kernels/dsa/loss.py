@@ -197,7 +197,7 @@ def loss_backward(
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q_idx, k_idx and w from the results of `loss_forward`; ``grad`` is that of the loss."""
-    q_idx, k_idx, w = (x.contiguous() for x in (q_idx, k_idx, w))
+    q_idx, k_idx, w, lse, lse_idx, ds = (x.contiguous() for x in (q_idx, k_idx, w, lse, lse_idx, ds))
     classes = tuple(x.int() for x in ranges[2:])
     sizes = _sizes(q_idx, k_idx, q, k)
     B, T = sizes[:2]

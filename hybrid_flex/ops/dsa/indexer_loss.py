@@ -14,7 +14,7 @@ Source: DeepSeek-V3.2 report, section 2.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -149,7 +149,10 @@ def _blocks(
 
 
 def _tokens(pools: Tensor, kpool: int, query_start: int) -> Tensor:
-    """Write out the tokens of ``pools [b, P]``, in place, and of the tail after them: ``[b, P kpool + kpool - 1]``."""
+    """Write out the tokens of ``pools [b, P]``, in place, and of the tail after them: ``[b, P kpool + kpool - 1]``.
+
+    `expand_pools` wants unused slots at the end, and lets the tail follow what is used.
+    """
     inside = torch.arange(kpool, device=pools.device)
     tokens = torch.where(pools[..., None] < 0, -1, pools[..., None] * kpool + inside).flatten(-2)
     length = query_start + 1 + torch.arange(pools.shape[0], device=pools.device)[:, None]
@@ -224,10 +227,8 @@ def _fake(
     q_idx: Tensor, k_idx: Tensor, w: Tensor, q: Tensor, k: Tensor, indices: Tensor | None, *others: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(q)
-    kept: tuple[Sequence[int], ...] = ((0,), (0,), () if indices is None else indices.shape)
-    if indices is None:
-        kept = (q.shape[:3], q.shape[:2], (0,))
-    return q.new_empty((), dtype=dtype), *(q.new_empty(x, dtype=dtype) for x in kept)  # type: ignore[return-value]
+    lse, lse_idx, ds = (q.shape[:3], q.shape[:2], (0,)) if indices is None else ((0,), (0,), indices.shape)
+    return tuple(q.new_empty(x, dtype=dtype) for x in ((), lse, lse_idx, ds))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("hybrid_flex::indexer_kl_loss_backward", mutates_args=())

@@ -151,13 +151,16 @@ def test_anchors(case: str, shift: int, reach: int, device: str, monkeypatch: py
     assert not [name for name in want if not errors[name] < 5e-5], errors
 
 
-SEGMENTS = [(count, v_first) for count in (2, 3, 5) for v_first in (False, True)]
+SEGMENTS = [
+    pytest.param(count, v_first, marks=marks, id=f"{count}-{'v' if v_first else 'k'} first")
+    for count, v_first, marks in (
+        *((2, True, ()), (5, False, ())),
+        *((count, v_first, pytest.mark.slow) for count, v_first in ((2, False), (3, False), (3, True), (5, True))),
+    )
+]
 
 
-@pytest.mark.parametrize(
-    ("count", "v_first"),
-    [pytest.param(*x, marks=[] if x in ((2, True), (5, False)) else pytest.mark.slow) for x in SEGMENTS],
-)
+@pytest.mark.parametrize(("count", "v_first"), SEGMENTS)
 def test_segments(count: int, v_first: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences cut into segments: the last one shorter, their states and gradients joined."""
     from hybrid_flex.kernels.kda import chunk
