@@ -11,20 +11,21 @@ Prefill of a prompt and single decoding steps of a `HybridLanguageModel`, by
   graph, package-graph   the eager step, and the package's, in a CUDA graph (decoding on a GPU).
 How long each took to make, and what its file holds against the bytes of the parameters, stands in a second table.
 
-Correctness comes first: a form whose logits differ from the eager model's by more than rounding ends the run (relative
-L2 error: where rounding makes an indexer select another key, single tokens differ by more).  The contenders then take
-turns in one process; the median, 20th and 80th percentile of their times.  The tables go to
-profiles/results/export_<device>_<yyyymmdd>.md, everything measured to the .json beside it.
+Correctness comes first: a form whose logits are further than rounding from those of the eager model, in float32 where
+the model is in 16 bits, shows FAIL and no time (NOTE [Bounds]).  The contenders then take turns in one process; the
+median, 20th and 80th percentile of their times.  The tables go to profiles/results/export_<device>_<yyyymmdd>.md,
+everything measured to the .json beside it, after each of the two steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,14 @@ from hybrid_flex.export.portable import to_tuples
 
 FORMS = ("eager", "compiled", "opaque", "portable", "package", "graph", "package-graph")
 STEPS = ("prefill", "decode")
-TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative L2 error of logits that rounding explains: not in the logits themselves, where float32 loses 1e-6, but in
-the scores of indexers, which then select another key in a few rows of a hundred (1e-3 with three indexers)."""
+# NOTE [Bounds]
+# Errors are relative L2 errors of logits.  In float32 and float64 a form may be this far from the eager model: rounding
+# does not explain it in the logits themselves, where float32 loses 1e-6, but in the scores of indexers, which then
+# select another key in a few rows of a hundred (1e-3 with three indexers).
+TOLERANCE = {torch.float32: 5e-3, torch.float64: 1e-3}
+# In 16 bits the eager model is itself several hundredths from its float32 copy after twelve layers, so another order of
+# rounding can be as far from it: a form's error against that copy may be this many times the eager model's.
+TIMES_EAGER = 1.25
 
 Logits = Callable[[], Tensor]
 
@@ -69,6 +75,13 @@ class Forms:
         self.loaded: export.Package | None = None
         with torch.no_grad():
             self.states = model(ids)[1]
+
+    def reference(self, step: str) -> Tensor:
+        """Compute the logits that all forms are compared with."""
+        if next(self.model.parameters()).dtype in TOLERANCE:
+            return self.eager(step)()
+        model = copy.deepcopy(self.model).float()
+        return Forms(model, self.ids, self.max_length, self.folder).eager(step)()
 
     def make(self, form: str, step: str) -> Logits:
         """Return what computes the logits of a step in a form."""
@@ -120,6 +133,7 @@ class Forms:
 
     def graph(self, call: Logits) -> Logits:
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             call()
         torch.cuda.synchronize()
@@ -127,7 +141,7 @@ class Forms:
         with torch.cuda.graph(graph):
             logits = call()
 
-        def replay() -> Tensor:
+        def replay(states_of: Logits = call) -> Tensor:  # the graph reads them, and does not keep them alive
             graph.replay()
             return logits
 
@@ -159,16 +173,14 @@ class Forms:
         return decode
 
 
-def check(form: str, got: Tensor, want: Tensor) -> float:
-    """Return the relative L2 error; end the run if it is more than rounding."""
-    error = ((got.double() - want.double()).norm() / want.double().norm()).item()
-    if not error <= TOLERANCE[want.dtype]:
-        raise SystemExit(f"{form}: logits differ from eager by {error:.1e} of their size: it computes something else")
-    return error
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-def measure(model: HybridLanguageModel, options: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
-    """Make and time every form that was asked for."""
+def measure(
+    model: HybridLanguageModel, options: argparse.Namespace, show: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Make and time every form that was asked for; yield what is known after each step."""
     device = next(model.parameters()).device
     ids = torch.randint(model.config.vocab_size, (options.batch_size, options.length), device=device)
     plan = Plan(min_rounds=5, min_seconds=options.seconds, max_seconds=4 * options.seconds, warm_up_rounds=1)
@@ -178,20 +190,24 @@ def measure(model: HybridLanguageModel, options: argparse.Namespace, show: Calla
         for step in options.steps:
             calls: dict[str, Logits] = {}
             errors: dict[str, float] = {}
+            reference = forms.reference(step)
             for form in options.forms:
                 if "graph" in form and (step == "prefill" or device.type != "cuda"):
                     continue
                 show(f"{step}: {form}")
                 calls[form] = forms.make(form, step)
-                want = calls["eager"]()
-                errors[form] = check(f"{form} {step}", calls[form](), want)
+                errors[form] = relative_error(calls[form](), reference)
+                bound = TOLERANCE.get(model.embedding.weight.dtype, TIMES_EAGER * errors["eager"])
+                if not errors[form] <= bound:
+                    progress(f"{step}: {form} has an error of {errors[form]:.1e}, more than {bound:.1e}: not timed")
+                    del calls[form]
             show(f"{step}: timing")
             seconds = take_turns(calls, Clock(device), plan)
-            found["steps"][step] = {
-                form: spread(own) | {"repeats": len(own), "error": errors[form]} for form, own in seconds.items()
-            }
-        found["made"] = forms.made
-    return found
+            found["steps"][step] = {form: {"error": error} for form, error in errors.items()}
+            for form, own in seconds.items():
+                found["steps"][step][form] |= spread(own) | {"repeats": len(own)}
+            found["made"] = forms.made
+            yield found
 
 
 TIMES = {"form": "---", "ms": "---:", "against eager": "---:", "error": "---:"}
@@ -207,7 +223,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Made by `{result['command']}` in {result['seconds']:.0f} s.",
         "",
         ", ".join(f"{key} {value}" for key, value in result["model"].items()) + ".",
-        "Median (20th to 80th percentile) of calls that take turns. Error: relative L2 of the logits, against eager.",
+        "Median (20th to 80th percentile) of calls that take turns. Error: relative L2 of the logits, against "
+        "eager, in float32 where the model is in 16 bits.",
     ]
     for step, forms in result["steps"].items():
         rows = [
@@ -217,6 +234,8 @@ def markdown(result: dict[str, Any]) -> str:
                 f"{forms['eager']['median_ms'] / own['median_ms']:.2f}x",
                 f"{own['error']:.1e}",
             ]
+            if "median_ms" in own
+            else [form, "FAIL", "", f"{own['error']:.1e}"]
             for form, own in forms.items()
         ]
         lines += ["", f"## {step}", "", *table(TIMES, rows)]
@@ -268,12 +287,16 @@ def main() -> None:
             bar.set_description(text)
             bar.update()
 
-        result |= measure(model, options, show)
-    result["seconds"] = time.perf_counter() - begin
-    stem = report_stem(options.out, "export", result["machine"]["name"])
-    write_report(stem, result, markdown(result))
+        stem = report_stem(options.out, "export", result["machine"]["name"])
+        for found in measure(model, options, show):
+            result |= found
+            result["seconds"] = time.perf_counter() - begin
+            write_report(stem, result, markdown(result))
     print(markdown(result))
     progress(f"written to {stem}.md and .json")
+    failed = [f"{step} {form}" for step, own in result["steps"].items() for form in own if "median_ms" not in own[form]]
+    if failed:
+        raise SystemExit(f"more than rounding: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -64,13 +64,24 @@ def test_compiled_forms(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_
     assert result["made"]["package"]["bytes"] > result["model"]["parameter_bytes"]
 
 
-def test_a_form_that_computes_something_else_ends_the_run(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_form_that_computes_something_else_is_not_timed(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: str
 ) -> None:
     def wrong(self: Any, step: str, portable: bool) -> Any:
-        return lambda: self.eager(step)() * 1.01
+        return lambda: self.eager(step)() * (1.05 if portable else 1.0)
 
     monkeypatch.setattr(bench.Forms, "program", wrong)
-    with pytest.raises(SystemExit, match=r"opaque prefill: logits differ from eager by 1.0e-02 of their size"):
-        run(bench, monkeypatch, tmp_path, "--forms", "opaque")
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"more than rounding: prefill portable, decode portable"):
+        run(bench, monkeypatch, tmp_path, "--forms", "opaque", "portable", "--dtype", dtype)
+    (path,) = tmp_path.glob("export_*.json")
+    for forms in json.loads(path.read_text())["steps"].values():
+        assert forms["portable"].keys() == {"error"} and forms["opaque"]["median_ms"] > 0
+        assert (forms["eager"]["error"] == 0.0) == (dtype == "float32")  # in 16 bits it has rounded, too
+    assert next(tmp_path.glob("export_*.md")).read_text().count("| portable | FAIL |") == 2
+
+
+@pytest.mark.gpu
+def test_graphs_replay_the_step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = run(bench, monkeypatch, tmp_path, "--device", "cuda", "--steps", "decode", "--forms", "graph")
+    assert result["steps"]["decode"]["graph"]["error"] == result["steps"]["decode"]["eager"]["error"]
