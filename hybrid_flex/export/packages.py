@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from hybrid_flex.checks import check, check_device, check_dtype, check_shape
 from hybrid_flex.export.decode import export_decode
-from hybrid_flex.export.portable import decomposed, operators_of, portable, with_plain_states
+from hybrid_flex.export.portable import LONG_LENGTH, decomposed, operators_of, portable, with_plain_states
 from hybrid_flex.export.programs import check_whole, export_prefill, traced_inputs, whole_file
 from hybrid_flex.models import HybridLanguageModel, sampling
 
@@ -133,7 +133,7 @@ def _compiled(program: ExportedProgram, device: str, about: dict[str, Any]) -> l
 
 def _carrying_kernels(program: ExportedProgram) -> ExportedProgram:
     """Write out what is no kernel, and flatten the states."""
-    plain = with_plain_states(program, flat=True)
+    plain = with_plain_states(program, flat=True, length=LONG_LENGTH)
     return decomposed(plain, operators_of(plain) - CARRIED)
 
 

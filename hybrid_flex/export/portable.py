@@ -23,6 +23,8 @@ from hybrid_flex.ops.dispatch import PLAIN_FORMS, without_kernels
 NAMESPACE = "hybrid_flex::"
 # NOTE [Uneven sizes]
 UNEVEN_BATCH, UNEVEN_LENGTH = 3, 131
+LONG_LENGTH = 4099
+"""The length for which AOTInductor on CUDA chooses among the tiles of its own kernels."""
 
 
 def portable(program: ExportedProgram, *, flat: bool = False) -> ExportedProgram:
@@ -84,17 +86,18 @@ def decomposed(program: ExportedProgram, names: Iterable[str]) -> ExportedProgra
         return program.run_decompositions(table)
 
 
-def with_plain_states(program: ExportedProgram, *, flat: bool = False) -> ExportedProgram:
+def with_plain_states(program: ExportedProgram, *, flat: bool = False, length: int = UNEVEN_LENGTH) -> ExportedProgram:
     """Trace a program again, without gradients, so that no state goes in or comes out as a dataclass.
 
-    Each is the tuple of its tensors instead, or with ``flat`` their tensors are inputs and outputs themselves.
+    Each is the tuple of its tensors instead, or with ``flat`` their tensors are inputs and outputs themselves.  The
+    example has ``length`` tokens, if the program takes so many.
     """
     model = program.module(check_guards=False)
     for part in model.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             # A scan that runs where a gradient is wanted would trace its backward, and the loops here have none.
             setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=False))
-    arguments, sizes = _uneven_example(program, flat)
+    arguments, sizes = _uneven_example(program, flat, length)
     example = tuple(pytree.tree_leaves(arguments)) if flat else to_tuples(arguments)
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(_PlainStates(model, arguments, flat), example, dynamic_shapes=sizes)
@@ -122,7 +125,7 @@ def to_tuples(x: Any) -> Any:
     return tuple(map(to_tuples, x)) if isinstance(x, (tuple, list)) else x
 
 
-def _uneven_example(program: ExportedProgram, flat: bool) -> tuple[tuple[Any, ...], Any]:
+def _uneven_example(program: ExportedProgram, flat: bool, length: int) -> tuple[tuple[Any, ...], Any]:
     """Make inputs to trace a program with, and say which of their sizes are open and how far.
 
     NOTE [Uneven sizes]
@@ -131,7 +134,7 @@ def _uneven_example(program: ExportedProgram, flat: bool) -> tuple[tuple[Any, ..
     wild memory at T = 65.
     """
     values = traced_inputs(program)
-    opened = [_uneven(program, value.shape) for value in values]
+    opened = [_uneven(program, value.shape, length) for value in values]
     shapes = ((sizes, x) for x, (sizes, _) in zip(values, opened, strict=True))
     leaves = [torch.zeros(sizes, dtype=x.dtype, device=x.device) for sizes, x in shapes]
     arguments: tuple[Any, ...] = pytree.tree_unflatten(leaves, program.call_spec.in_spec)[0]
@@ -141,7 +144,7 @@ def _uneven_example(program: ExportedProgram, flat: bool) -> tuple[tuple[Any, ..
     return arguments, (first, tuple(states)) if states else (first,)
 
 
-def _uneven(program: ExportedProgram, shape: torch.Size) -> tuple[list[int], dict[int, Any]]:
+def _uneven(program: ExportedProgram, shape: torch.Size, length: int) -> tuple[list[int], dict[int, Any]]:
     """Choose sizes for one input, and name the dimensions of it that are open: NOTE [Uneven sizes]."""
     sizes: list[int] = []
     dims: dict[int, Any] = {}
@@ -151,7 +154,7 @@ def _uneven(program: ExportedProgram, shape: torch.Size) -> tuple[list[int], dic
             continue
         known = program.range_constraints.get(size.node.expr)
         bounds = {} if known is None or not known.upper.is_Integer else {"max": int(known.upper)}
-        wanted = UNEVEN_BATCH if i == 0 else UNEVEN_LENGTH
+        wanted = UNEVEN_BATCH if i == 0 else length
         sizes.append(min(wanted, max(bounds["max"] - 1, 2)) if bounds else wanted)  # as `open_dimension` does
         dims[i] = Dim.DYNAMIC(min=1, **bounds)
     return sizes, dims

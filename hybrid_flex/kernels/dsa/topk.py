@@ -267,7 +267,8 @@ def _score(
     ``columns``, of which there are at least ``upper``, are rounded up to whole vectors.
     """
     B, HI, DI = rows.batch, *map(int, q_idx.shape[2:])
-    num_rows, columns = torch.sym_max(rows.count, 1), torch.sym_max((columns + 15) // 16 * 16, 16)
+    # In this form the compiler sees that rows begin at whole vectors, whatever an open size is, and loads vectors.
+    num_rows, columns = torch.sym_max(rows.count, 1), 16 * torch.sym_max((columns + 15) // 16, 1)
     keys = _integers(q_idx, B, rows.room, columns)
     strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), 0 if scale is None else scale.stride(0))
     numbers = (rows.start, rows.count, *rows.numbers)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.sizevars import SizeVarAllocator
 from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes
 
@@ -251,6 +252,10 @@ class _Launched:
         def run(*args: Any, **kwargs: Any) -> None:
             constants = [name for name, x in kwargs.items() if isinstance(x, torch.SymInt)]
             assert not constants, f"{constants} would be compiled for one size"
+            columns = dict(zip(self.kernel.arg_names, args, strict=False))["stride_keys"]
+            if isinstance(columns, torch.SymInt):
+                known = SizeVarAllocator(columns.node.shape_env)
+                assert known.statically_known_multiple_of(columns.node.expr, 16), "rows would be loaded bit by bit"
             self.kernel[grid](*map(self.sizes.value, args), **kwargs)
 
         return run
