@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from hybrid_flex.checks import is_plain
-from hybrid_flex.kernels.launch import device_limits, launchable, next_power_of_2, on_its_device, upper_bound
+from hybrid_flex.kernels.launch import (
+    computed_once,
+    device_limits,
+    launchable,
+    next_power_of_2,
+    on_its_device,
+    upper_bound,
+)
 
 from .scores import few_scores_kernel, scores_kernel
 from .select import select_kernel
@@ -95,7 +102,7 @@ class _Rows(NamedTuple):
 
     def pointers(self, other: Tensor) -> list[Tensor]:
         """Return table, first and last, or a pointer that no kernel reads."""
-        return [other if x is None else x for x in (self.table, self.first, self.last)]
+        return [_unread(other) if x is None else x for x in (self.table, self.first, self.last)]
 
 
 @on_its_device
@@ -139,8 +146,9 @@ def lightning_topk(
         if not (isinstance(page, int) and isinstance(num_pages, int)):
             rule = "have a fixed size, like its pages, in a graph that leaves other sizes open"
             raise ValueError(f"lightning_topk: block_table must {rule}, got open ones")
-    q_idx, w = q_idx.contiguous(), w.contiguous()
-    k_idx = k_idx if k_idx.stride(2) == 1 else k_idx.contiguous()
+    q_idx, w = computed_once(q_idx.contiguous()), computed_once(w.contiguous())
+    k_idx = computed_once(k_idx if k_idx.stride(2) == 1 else k_idx.contiguous())
+    key_scale = None if key_scale is None else computed_once(key_scale)
     indices = _integers(q_idx, B, T, topk)
     first, last = (None, None) if ranges is None else ranges
     sees = "length" if lengths is not None else "all" if ranges is None else "range"
@@ -272,7 +280,7 @@ def _score(
     keys = _integers(q_idx, B, rows.room, columns)
     strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), 0 if scale is None else scale.stride(0))
     numbers = (rows.start, rows.count, *rows.numbers)
-    tensors = (q_idx, k_idx, w, w if scale is None else scale, *rows.pointers(w), keys)
+    tensors = (q_idx, k_idx, w, _unread(w) if scale is None else scale, *rows.pointers(w), keys)
     BD = max(16, next_power_of_2(DI))
     key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
     keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages, "SCALED": scale is not None}

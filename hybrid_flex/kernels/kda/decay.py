@@ -88,18 +88,15 @@ ONE, TREE = tl.constexpr(4), tl.constexpr(5)
 def _exponent_table(C: int, tile_rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     i, j = torch.arange(C, device=device)[:, None], torch.arange(C, device=device)[None, :]
     i_tile, j_tile = i // tile_rows, j // tile_rows
-
-    def to_boundary(level: int) -> Tensor:
-        return (i >> level == j >> level) & torch.where((i >> level) % 2 == 1, j <= i, j > i)
-
-    def to_tile(tile: int) -> Tensor:
-        before = (i_tile < tile) & (j > i) & (j_tile < tile)
-        inside = (i_tile == tile) & (j_tile == tile) & (j <= i)
-        return before.int() - inside.int()
-
-    sums = [(i_tile == j_tile) & (j <= i), j <= i, j > i, j >= i, i == j, (i < 0) & (j < 0)]
-    sums += [*map(to_boundary, range(C.bit_length() - 1)), *map(to_tile, range(C // tile_rows))]
-    return torch.stack([matrix.to(dtype) for matrix in sums])
+    level = torch.arange(C.bit_length() - 1, device=device)[:, None, None]
+    tile = torch.arange(C // tile_rows, device=device)[:, None, None]
+    # Few pieces: a compiler makes one kernel of them, and one of each of many.
+    sums = torch.stack([(i_tile == j_tile) & (j <= i), j <= i, j > i, j >= i, i == j, (i < 0) & (j < 0)])
+    to_boundary = (i >> level == j >> level) & torch.where((i >> level) % 2 == 1, j <= i, j > i)
+    before = (i_tile < tile) & (j > i) & (j_tile < tile)
+    inside = (i_tile == tile) & (j_tile == tile) & (j <= i)
+    to_tile = before.int() - inside.int()
+    return torch.cat([sums.to(dtype), to_boundary.to(dtype), to_tile.to(dtype)])
 
 
 _exponent_tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}

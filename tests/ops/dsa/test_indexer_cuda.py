@@ -126,11 +126,16 @@ class Exported(nn.Module):
         return lightning_topk(q, k, w, 64)
 
 
-def open_program(most: int | None) -> torch.export.ExportedProgram:
+class Rotated(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        return lightning_topk(-q, -k, w * 2, 64)
+
+
+def open_program(most: int | None, module: type[nn.Module] = Exported, HI: int = 4) -> torch.export.ExportedProgram:
     sizes = {0: Dim.DYNAMIC(min=1, max=4), 1: Dim.DYNAMIC(min=1) if most is None else Dim.DYNAMIC(min=1, max=most)}
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
-        example = inputs(3, 131, 131, 4, 64, torch.bfloat16)
-        program = torch.export.export(Exported(), example, dynamic_shapes=(sizes,) * 3)
+        example = inputs(3, 131, 131, HI, 64, torch.bfloat16)
+        program = torch.export.export(module(), example, dynamic_shapes=(sizes,) * 3)
     assert program.graph.find_nodes(op="call_function", target=torch.ops.hybrid_flex.lightning_topk_cuda.default), (
         "the operator whose kernels a package carries"
     )
@@ -170,6 +175,28 @@ def test_one_compiled_graph_launches_the_kernels_for_every_size(
     for B, T in OPEN_SIZES:
         x = inputs(B, T, T, 4, 64, dtype=torch.bfloat16)
         assert torch.equal(compiled(*x), lightning_topk(*x, 64)), (B, T)
+
+
+def test_blocks_of_a_compiled_graph_share_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.package import load_package, package_aoti
+
+    from hybrid_flex.kernels.dsa import topk as kernels
+
+    launch = functools.partial(kernels.lightning_topk, workspace_bytes=4 * 128 * (4 * 600 + 64))
+    monkeypatch.setattr(kernels, "lightning_topk", launch)
+    program = open_program(600, Rotated, HI=64)
+    with torch.no_grad():
+        module, options = program.module(check_guards=False), {"aot_inductor.package": True}
+        files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
+    package_aoti(str(tmp_path / "topk.pt2"), files)
+    compiled = load_package(str(tmp_path / "topk.pt2"))
+    x = inputs(1, 500, 500, 64, 64, dtype=torch.bfloat16)
+    assert torch.equal(compiled(*x), lightning_topk(*x, 64))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    compiled(*x)
+    # The negated queries and the scores of five blocks, but not five times the queries.
+    assert torch.cuda.max_memory_allocated() - before < 2 * x[0].nbytes + 5 * 4 * 500 * 512
 
 
 def test_a_compiled_decoding_step_cuts_rows_into_spans(tmp_path: Path) -> None:
