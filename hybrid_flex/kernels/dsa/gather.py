@@ -36,6 +36,7 @@ from torch import Tensor
 
 from hybrid_flex.kernels.launch import (
     NARROWEST,
+    computed_once,
     device_limits,
     launchable,
     next_power_of_2,
@@ -337,7 +338,7 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
     constants, width = sizes_of(q, k, v)
-    q, k = dense_rows(q), dense_rows(k)
+    q, k = dense_rows(q), computed_once(dense_rows(k))
     v = k if width.SHARED else dense_rows(v)
     B, T, J = q.shape[0], q.shape[1], indices.shape[2]
     H, HKV = constants["H"], constants["HKV"]

@@ -19,6 +19,7 @@ from hybrid_flex.checks import is_plain
 from hybrid_flex.kernels.launch import (
     NARROWEST,
     compile_ahead,
+    computed_once,
     launchable,
     next_power_of_2,
     on_its_device,
@@ -83,7 +84,7 @@ def _plan(raw: Any, cu_seqlens: Tensor | None, chunk_size: int) -> _Plan:
     (B, T), (H, K, HV, V) = raw.q.shape[:2], (int(n) for n in (*raw.q.shape[2:], *raw.v.shape[2:]))
     BK, WV, C = _padded(K), _padded(V), _chunk_rows(raw, chunk_size)
     raw = raw._replace(
-        **{name: getattr(raw, name).contiguous() for name in ("q", "k", "v", "g", "beta")},
+        **{name: computed_once(getattr(raw, name).contiguous()) for name in ("q", "k", "v", "g", "beta")},
         A_log=None if raw.A_log is None else raw.A_log.contiguous(),
         dt_bias=None if raw.dt_bias is None else raw.dt_bias.contiguous(),
     )
@@ -369,7 +370,7 @@ def backward(
     sizes, device = plan.sizes, raw.q.device
     H, HV, K, C, BK, WV = (sizes[name] for name in ("H", "HV", "K", "C", "BK", "WV"))
     blocks = plan.num_chunks * HV
-    d_o, o = d_o.contiguous(), o.contiguous()
+    d_o, o = computed_once(d_o.contiguous()), o.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     initial_state = None if initial_state is None else initial_state.contiguous()
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import computed_once, launchable, next_power_of_2, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 from .decay import sigmoid, softplus
@@ -271,6 +271,7 @@ def launch_decode(
     # What is absent is some pointer that the kernel does not follow: every argument keeps one type.
     tensors = (x if x is None else x.contiguous() for x in (A_log, dt_bias, initial_state, cu_seqlens, state_indices))
     q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    q = computed_once(q)
     pointers = tuple(q if x is None else x for x in tensors)
     launchable(kda_decode_kernel)[(num_sequences * HV * -(-V // BV),)](
         q,

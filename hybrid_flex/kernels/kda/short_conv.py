@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_flex.kernels.launch import launchable, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import computed_once, launchable, next_power_of_2, on_its_device
 from hybrid_flex.kernels.masks import mask_if
 
 NUM_WARPS = 2
@@ -353,7 +353,8 @@ def short_conv(
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute y [B, T, D] and the final state [N, W - 1, D], or an empty tensor in its place."""
-    x, weight, bias, initial_state, cu_seqlens = _contiguous(x, weight, bias, initial_state, cu_seqlens)
+    x = computed_once(x.contiguous())
+    weight, bias, initial_state, cu_seqlens = _contiguous(weight, bias, initial_state, cu_seqlens)
     (batch_size, num_tokens, width), packed = x.shape, cu_seqlens is not None
     constants = _constants(x, weight, bias, packed, silu, FORWARD_CHANNELS)
     num_sequences = cu_seqlens.shape[0] - 1 if packed else batch_size
@@ -388,8 +389,10 @@ def short_conv_backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute dx, d_weight, d_bias and d_initial_state; the last two are empty where there is no such argument."""
-    dy, d_final_state, x, weight = _contiguous(dy, d_final_state, x, weight)
-    bias, initial_state, cu_seqlens = _contiguous(bias, initial_state, cu_seqlens)
+    dy, x = computed_once(dy.contiguous()), computed_once(x.contiguous())
+    d_final_state, weight, bias, initial_state, cu_seqlens = _contiguous(
+        d_final_state, weight, bias, initial_state, cu_seqlens
+    )
     (batch_size, num_tokens, width), packed = x.shape, cu_seqlens is not None
     constants = _constants(x, weight, bias, packed, silu, BACKWARD_CHANNELS)
     constants["HAS_D_FINAL"] = d_final_state is not None
