@@ -261,7 +261,7 @@ class _Launched:
         return run
 
 
-@pytest.mark.parametrize("T", [1, 15, 16, 65, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 63, 130))])
+@pytest.mark.parametrize("T", [1, 16, 65, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 15, 63, 130))])
 @pytest.mark.parametrize(("most", "launches"), [(130, 6), (None, 64)], ids=["bounded", "unbounded"])
 def test_open_sizes(T: int, most: int | None, launches: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace holds 64 queries of two entries at the largest sizes, or less than one: launches stay the same."""

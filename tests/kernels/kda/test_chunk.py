@@ -78,8 +78,17 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("case", CASES)
+# In 16 bits the same code runs, but for how it adds up log decays, which every case does.
+HALF_TOO = ("B1-T65-K16-V32-plain", "B1-T33-K80-V16", "B1-T1")
+BOTH = [
+    pytest.param(case, dtype, marks=marks, id=f"{case}-{name}")
+    for case in CASES
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16))
+    for marks in [() if name == "fp32" or case in HALF_TOO else pytest.mark.slow]
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), BOTH)
 def test_equals_the_float64_form(case: str, dtype: torch.dtype, device: str) -> None:
     shape, options, bounds, v_first, C = CASES[case]
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
@@ -154,8 +163,8 @@ def test_anchors(case: str, shift: int, reach: int, device: str, monkeypatch: py
 SEGMENTS = [
     pytest.param(count, v_first, marks=marks, id=f"{count}-{'v' if v_first else 'k'} first")
     for count, v_first, marks in (
-        *((2, True, ()), (5, False, ())),
-        *((count, v_first, pytest.mark.slow) for count, v_first in ((2, False), (3, False), (3, True), (5, True))),
+        *((2, True, ()), (3, False, ())),
+        *((count, v_first, pytest.mark.slow) for count, v_first in ((2, False), (3, True), (5, False), (5, True))),
     )
 ]
 
