@@ -102,7 +102,7 @@ class _Rows(NamedTuple):
 
     def pointers(self, other: Tensor) -> list[Tensor]:
         """Return table, first and last, or a pointer that no kernel reads."""
-        return [_unread(other) if x is None else x for x in (self.table, self.first, self.last)]
+        return [other if x is None else x for x in (self.table, self.first, self.last)]
 
 
 @on_its_device
@@ -280,7 +280,7 @@ def _score(
     keys = _integers(q_idx, B, rows.room, columns)
     strides = (q_idx.stride(0), k_idx.stride(0), k_idx.stride(1), w.stride(0), 0 if scale is None else scale.stride(0))
     numbers = (rows.start, rows.count, *rows.numbers)
-    tensors = (q_idx, k_idx, w, _unread(w) if scale is None else scale, *rows.pointers(w), keys)
+    tensors = (q_idx, k_idx, w, w if scale is None else scale, *rows.pointers(w), keys)
     BD = max(16, next_power_of_2(DI))
     key_tile, stages = _tiles(q_idx.device, BD * q_idx.element_size())
     keywords = {"HI": HI, "DI": DI, "BS": key_tile, "BD": BD, **rows.flags, **pages, "SCALED": scale is not None}
