@@ -146,15 +146,22 @@ def token_rows(p_x, i_token, i_batch, i_row, T, x_batch, x_token, x_head, H: tl.
     return p_x + i_batch * x_batch + (i_token - i_batch * T) * x_token + (i_row - i_token * H) * x_head
 
 
+@triton.jit
+def is_done(p_done, i_token, i_batch, T, TILE: tl.constexpr):
+    """Tell whether another form serves a token: ``p_done [B, tiles of TILE tokens]`` is not negative there."""
+    i_tile = (i_token - i_batch * T) // TILE
+    return tl.load(p_done + i_batch * ((T + TILE - 1) // TILE) + i_tile) >= 0
+
+
 @triton.jit(do_not_specialize=["num_tokens", "T", "J", "spans", "span"])
 def gather_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, scale, num_tokens, T, J, spans, span,
+    p_q, p_k, p_v, p_slots, p_done, p_o, p_lse, scale, num_tokens, T, J, spans, span,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CUT: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, CUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute o and lse of one token for a tile of heads that share a key head.
+    """Compute o and lse of one token for a tile of heads that share a key head; if TILE > 0, unless it `is_done`.
 
     If ``CUT``, those over one of its spans: ``p_o [tokens, H, spans, V]``, where there is a key, and ``p_lse``.
     """
@@ -163,6 +170,9 @@ def gather_kernel(
         i_program = i_program // spans
     i_token, i_batch, i_kv, i_row, m_head = place(i_program, num_tokens, T, 0, H, HKV, BH)
     MASKED: tl.constexpr = (H // HKV) % BH != 0
+    if TILE > 0:  # noqa: SIM102
+        if is_done(p_done, i_token, i_batch, T, TILE):
+            return
     p_slots += i_token * J
     if CUT:
         first = tl.program_id(0) % spans * span
@@ -242,6 +252,20 @@ def gather_kernel(
         store_piece(p_rows, b_o1 * b_r, m_store, VPIECE, VPIECE, V)
     b_lse = tl.where(b_L > 0.0, b_m * LN_2 + tl.log(b_total), float("-inf"))
     tl.store(p_lse + i_row, b_lse[:, None], mask=m_head)
+
+
+class Done(NamedTuple):
+    """What another form does of an attention."""
+
+    tiles: Tensor | None
+    """int32 ``[B, TILES]``, negative for the tiles of queries that it leaves; None: nothing is done."""
+    tile: int
+    """Queries of a tile; 0 without tiles."""
+    is_part: int = 1
+    """0 if it is known to do everything, so that nothing is launched; may be a number that a graph leaves open."""
+
+
+NOTHING_DONE = Done(None, 0)
 
 
 class Widths(NamedTuple):
@@ -329,11 +353,14 @@ def sizes_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, Any], Widths]:
 
 
 @on_its_device
-def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, *, o: Tensor, lse: Tensor) -> None:
+def launch_gather(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, done: Done = NOTHING_DONE, *, o: Tensor, lse: Tensor
+) -> None:
     """Write the attention over the selected rows to ``o`` and its log-sum-exps to ``lse``.
 
     Args:
         q, k, v, indices, scale: arguments of `sparse_attention`, which has checked them.
+        done: what another form has done.
         o: output, ``[B, T, H, Dv]``, contiguous, in q's dtype.
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
@@ -344,15 +371,16 @@ def launch_gather(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float
     H, HKV = constants["H"], constants["HKV"]
     tiles = tile_sizes(H // HKV, width, q.element_size(), device_limits(q.device))
     programs = HKV * -(-(H // HKV) // tiles["BH"])
-    spans, span = cut(B, T, J, programs)
+    spans, span = cut(B, T, J, programs) if done.tile == 0 else (1, J)
     in_spans, o_spans, lse_spans = is_cut(spans), o, lse
     if in_spans:  # NOTE [Few tokens] in spans.py
         lse_spans = torch.empty((B * T * H, spans), dtype=torch.float32, device=q.device)
         o_spans = torch.empty((B * T * H, spans, width.V), dtype=torch.float32, device=q.device)
-    launchable(gather_kernel)[(B * T * programs * spans,)](
-        q, k, v, indices.contiguous(), o_spans, lse_spans, float(scale), B * T, T, J, spans, span,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans,
-        num_stages=tiles["STAGES"],
+    indices = indices.contiguous()
+    launchable(gather_kernel)[(B * T * programs * spans * done.is_part,)](
+        q, k, v, indices, indices if done.tiles is None else done.tiles, o_spans, lse_spans, float(scale), B * T, T, J,
+        spans, span, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans,
+        TILE=done.tile, num_stages=tiles["STAGES"],
     )  # fmt: skip
     if in_spans:
         BV = min(PIECE, next_power_of_2(width.V))

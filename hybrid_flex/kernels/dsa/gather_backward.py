@@ -47,8 +47,11 @@ from hybrid_flex.kernels.launch import (
 
 from .gather import (
     LOG2_E,
+    NOTHING_DONE,
+    Done,
     Widths,
     dense_rows,
+    is_done,
     load_piece,
     load_slots,
     look_through,
@@ -116,15 +119,21 @@ def _delta(p_o, b_do, i_row, m_head, FIRST: tl.constexpr, PIECE: tl.constexpr, V
 
 @triton.jit(do_not_specialize=["num_tokens", "T", "J", "first", "BLOCKS"])
 def weights_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_p, p_e, scale, num_tokens, T, J, first, BLOCKS,
+    p_q, p_k, p_v, p_slots, p_done, p_o, p_lse, p_do, p_dlse, p_p, p_e, scale, num_tokens, T, J, first, BLOCKS,
     q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
-    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
+    SHARED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Compute p and e of one token, from ``first`` on, for a tile of heads: ``[token, H, BLOCKS, SLOT_TILE]``."""
+    """Compute p and e of one token, from ``first`` on, for a tile of heads: ``[token, H, BLOCKS, SLOT_TILE]``.
+
+    Here and below, if TILE > 0 nothing is done for a token that `is_done`.
+    """
     i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, first, H, HKV, BH)
     MASKED: tl.constexpr = (H // HKV) % BH != 0
+    if TILE > 0:  # noqa: SIM102
+        if is_done(p_done, i_token, i_batch, T, TILE):
+            return
     p_slots += i_token * J
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
@@ -184,11 +193,11 @@ def weights_kernel(
 
 @triton.jit(do_not_specialize=["S", "T", "J", "first", "num_tokens", "BLOCKS", "first_slice"])
 def rows_kernel(
-    p_e, p_p, p_q, p_do, p_k, p_slots, p_dx, p_dq, scale, S, T, J, first, num_tokens, BLOCKS, first_slice,
+    p_e, p_p, p_q, p_do, p_k, p_slots, p_done, p_dx, p_dq, scale, S, T, J, first, num_tokens, BLOCKS, first_slice,
     q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr, BH: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, SLOT_TILE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Add to the selected rows of dx ``[B, S, HKV, WIDTH]``: one token, a slice of columns from ``first_slice`` on.
 
@@ -200,6 +209,9 @@ def rows_kernel(
     c0 = (first_slice + tl.program_id(0) // programs) * BC
     i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0) % programs, num_tokens, T, first, H, HKV, BH)
     MASKED: tl.constexpr = G % BH != 0
+    if TILE > 0:  # noqa: SIM102
+        if is_done(p_done, i_token, i_batch, T, TILE):
+            return
     p_slots += i_token * J
     number, _, last_row = look_through(p_slots, J)
     scale = tl.cast(scale, tl.float32)
@@ -236,15 +248,18 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "S", "T", "J"])
 def narrow_kernel(
-    p_q, p_k, p_v, p_slots, p_o, p_lse, p_do, p_dlse, p_dq, p_dk, p_dv, scale, num_tokens, S, T, J,
+    p_q, p_k, p_v, p_slots, p_done, p_o, p_lse, p_do, p_dlse, p_dq, p_dk, p_dv, scale, num_tokens, S, T, J,
     q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr, VPIECE: tl.constexpr, VPIECES: tl.constexpr,
-    SHARED: tl.constexpr, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, ONE_SUM: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Compute dq of one token for a tile of heads, and add what it gives to dk and dv: rows of one piece each."""
     i_token, i_batch, i_kv, i_row, m_head = place(tl.program_id(0), num_tokens, T, 0, H, HKV, BH)
     MASKED: tl.constexpr = (H // HKV) % BH != 0
+    if TILE > 0:  # noqa: SIM102
+        if is_done(p_done, i_token, i_batch, T, TILE):
+            return
     p_slots += i_token * J
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
@@ -335,7 +350,7 @@ def narrow_tiles(group: int, width: Widths, element_size: int, limit: int) -> di
 @on_its_device
 def launch_gather_backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, o: Tensor, lse: Tensor, scale: float,
-    *, dq: Tensor, dk: Tensor, dv: Tensor | None,
+    done: Done = NOTHING_DONE, *, dq: Tensor, dk: Tensor, dv: Tensor | None,
 ) -> None:  # fmt: skip
     """Write the gradient of q to ``dq``, and add those of k and v to ``dk`` and ``dv``.
 
@@ -345,6 +360,7 @@ def launch_gather_backward(
         do, dlse: gradients of the outputs.
         q, k, v, indices, scale: arguments of the forward.
         o, lse: its outputs.
+        done: what another form has done.
         dq: output, ``[B, T, H, D]``, contiguous, in q's dtype.
         dk: float32 ``[B, S, Hkv, D]``, contiguous, zero before.
         dv: float32 ``[B, S, Hkv, Dv]``, contiguous, zero before; None where v is the first columns of k, whose gradient
@@ -358,11 +374,12 @@ def launch_gather_backward(
     group, size, limit = H // HKV, q.element_size(), device_limits(q.device)[0]
     (B, T), J, S = q.shape[:2], indices.shape[2], k.shape[1]
     strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    done_tiles = indices if done.tiles is None else done.tiles
     tiles = narrow_tiles(group, width, size, limit)
     if tiles is not None and (dv is not None or D == V):
         launchable(narrow_kernel, q)[(B * T * HKV * -(-group // tiles["BH"]),)](
-            q, k, v, indices, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T, J,
-            *strides, **constants, ONE_SUM=dv is None, **tiles, num_stages=tiles["STAGES"],
+            q, k, v, indices, done_tiles, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T,
+            J, *strides, **constants, ONE_SUM=dv is None, **tiles, TILE=done.tile, num_stages=tiles["STAGES"],
         )  # fmt: skip
         return
     blocks = -(-J // SLOT_TILE)
@@ -373,18 +390,18 @@ def launch_gather_backward(
     for first in range(0, B * T, most):
         number = min(most, B * T - first)
         launchable(weights_kernel, q)[(number * HKV * -(-group // tiles["BH"]),)](
-            q, k, v, indices, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
-            **constants, **tiles, SLOT_TILE=SLOT_TILE, num_stages=tiles["STAGES"],
+            q, k, v, indices, done_tiles, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
+            **constants, **tiles, SLOT_TILE=SLOT_TILE, TILE=done.tile, num_stages=tiles["STAGES"],
         )  # fmt: skip
         for dx, begin, end, of_keys, of_values in _sums(dk, dv, D, V):
             cut = row_tiles(group, end - begin, of_keys + of_values, size, limit)
             whole = (end - begin) % cut["BC"] == 0 and (not of_values or end <= V)
             grid = (-(-(end - begin) // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
             launchable(rows_kernel, q)[grid](
-                e, p, q, do, k, indices, dx, dq, float(scale), S, T, J, first, number, blocks, begin // cut["BC"],
-                *strides[:9], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole, KEYS=of_keys,
-                VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,
-                num_stages=cut["STAGES"],
+                e, p, q, do, k, indices, done_tiles, dx, dq, float(scale), S, T, J, first, number, blocks,
+                begin // cut["BC"], *strides[:9], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole,
+                KEYS=of_keys, VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,
+                TILE=done.tile, num_stages=cut["STAGES"],
             )  # fmt: skip
 
 

@@ -43,12 +43,12 @@ from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_contex
 from hybrid_flex.ops.dsa.reference import reference_attention
 
 # NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that this was measured with; fewest
-# queries, below which launching costs more; most bytes of a batch entry's bits.
+# queries, below which launching costs more; most bytes of a batch entry's unions.
 FORWARD = 37
 TRAINING = 72
 MOST_GROUPED = 8
 FEWEST_QUERIES = 2048
-BITS_BYTES = 512 * 2**20
+UNION_BYTES = 512 * 2**20
 
 
 def check_kernels(op: str, q: Tensor) -> None:
@@ -199,21 +199,29 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_served(q.shape[2] // k.shape[2], int(q.shape[3]), int(v.shape[3]), q.element_size())
 
 
-def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
+def most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> int:
+    """Return how many keys a tile of the masked form may multiply: NOTE [Masked or gathered]; a graph's may be open."""
+    S, J, group = k.shape[1], indices.shape[2], q.shape[2] // k.shape[2]
+    most = torch.sym_min(S, J * 2 * worth // (2 * group + 1))
+    # Where a query in the middle, if the last one sees everything, sees no more than that, all tiles may be masked.
+    everything = torch.sym_min(1, torch.sym_max(most - (S - q.shape[1] // 2) + 1, 0))
+    return most + everything * (S - most)  # type: ignore[no-any-return]
+
+
+def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
 
     An exported program has one graph for all lengths, and takes the form that is faster for the longest.
     """
-    group, T, S = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     if group > MOST_GROUPED or not _is_in_masked_kernels(q, k, v):
         return False
     if is_exporting():
         T, S = longest(T), longest(S)
-    if T < FEWEST_QUERIES:
-        return False
-    worth = TRAINING if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)) else FORWARD
-    # What a query in the middle sees, if the last one sees everything.
-    return bool(indices.shape[2] * 2 * worth // (2 * group + 1) >= S - T // 2 and T * S <= 8 * BITS_BYTES)
+    from hybrid_flex.kernels.dsa.masked import queries_of_tile
+
+    most = 4 * UNION_BYTES * queries_of_tile(group)
+    return bool(T >= FEWEST_QUERIES and most >= T * S)
 
 
 def sparse_attention(
@@ -295,7 +303,7 @@ def sparse_attention(
     if backend == "masked" and not _is_in_masked_kernels(q, k, values):
         rule = 'be on CUDA, of 16 bits, with D and Dv up to 128 and H / Hkv up to 128 for backend="masked"'
         check(False, op, "q", rule, f"{q.device}, {q.dtype}, {tuple(q.shape)}, {tuple(values.shape)}")
-    if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values, indices)):
+    if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values)):
         return torch.ops.hybrid_flex.sparse_attention_masked(q, k, values, indices, scale)
     if not is_in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)

@@ -1,9 +1,9 @@
-"""Attention over a selection as dense products under a mask of bits, on CUDA: for many key heads and few queries.
+"""Attention over a selection as dense products under a mask of bits, on CUDA: for few heads on a key head.
 
-    bits[b, t, s // 32] bit (s % 32) = 1  iff  s in S_t
+    U = {u_0 < u_1 < ...} = union of S_t over a tile of consecutive queries        bits[b, t, j] = 1  iff  u_j in S_t
 
-Blocks of keys that no query of a tile has selected are left out; what is left costs as much as dense attention, however
-few of its keys are used.  NOTE [Masked or gathered] in attention.py says when that is the faster form.
+Queries of a tile are multiplied with all keys of its union.  Tiles whose queries share too little of what they have
+selected are left to the gather form; NOTE [Masked or gathered] in attention.py says when.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.ops.dispatch import in_its_own_precision
-from hybrid_flex.ops.dsa.attention import check_kernels
+from hybrid_flex.ops.dsa.attention import FORWARD, TRAINING, check_kernels, most_shared
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 
 
@@ -24,19 +24,28 @@ def _is_nothing(k: Tensor, indices: Tensor) -> bool:
     return statically_known_true(k.shape[1] == 0) or any(statically_known_true(n == 0) for n in indices.shape)
 
 
-def _selection(q: Tensor, k: Tensor, indices: Tensor) -> tuple[Any, Tensor]:
-    """Make what the kernels read of a selection, and the map ``[B, TILES, BLOCKS]`` of what tiles of queries touch."""
-    from hybrid_flex.kernels.dsa.masked import Selection, launch_lists, launch_pack
+def _unions(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[Any, Any]:
+    """Make what the kernels read of a selection, and what they do of the attention."""
+    from hybrid_flex.kernels.dsa.gather import Done
+    from hybrid_flex.kernels.dsa.masked import BLOCK, launch_unions, queries_of_tile
 
-    bits, touched = launch_pack(indices, k.shape[1], q.shape[2] // k.shape[2])
-    return Selection(bits, *launch_lists(touched)), touched
+    group, S = q.shape[2] // k.shape[2], k.shape[1]
+    most = most_shared(q, k, indices, worth)
+    unions = launch_unions(indices, S, group, (most + BLOCK - 1) // BLOCK * BLOCK)
+    # No union has more keys than there are.
+    return unions, Done(unions.number, queries_of_tile(group), torch.sym_min(1, torch.sym_max(S - most, 0)))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from hybrid_flex.kernels.dsa.gather import launch_gather
     from hybrid_flex.kernels.dsa.masked import launch_masked
+    from hybrid_flex.kernels.launch import computed_once
 
     o, lse = fake_forward(q, k, v, indices, scale)
-    launch_masked(q, k, v, _selection(q, k, indices)[0], scale, o=o, lse=lse)
+    q, k, v, indices = (computed_once(x) for x in (q, k, v, indices))
+    unions, done = _unions(q, k, indices, FORWARD)
+    launch_masked(q, k, v, unions, scale, o=o, lse=lse)
+    launch_gather(q, k, v, indices, scale, done, o=o, lse=lse)
     return o, lse
 
 
@@ -66,19 +75,23 @@ def _masked_backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from hybrid_flex.kernels.dsa.masked import launch_lists
+    from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
     from hybrid_flex.kernels.dsa.masked_backward import launch_masked_backward
 
     check_kernels("sparse_attention_masked_backward", q)
-    dq, dk, dv = fake_backward(do, dlse, q, k, v, indices, o, lse, scale)
+    arguments = (do, dlse, q, k, v, indices, o, lse, scale)
     if _is_nothing(k, indices):
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    if torch.are_deterministic_algorithms_enabled():
+        # The kernels add to rows in whatever order they come; the sums of the plain form keep theirs.
+        return torch.ops.hybrid_flex.sparse_attention_backward(*arguments)  # type: ignore[no-any-return]
+    dq = q.new_empty(q.shape)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
-    selection, touched = _selection(q, k, indices)
-    by_keys = launch_lists(touched.transpose(1, 2))
-    tensors = (do, dlse, q, k, v, selection, by_keys, o, lse, scale)
-    launch_masked_backward(*tensors, dq=dq, dk=dk, dv=dv)
-    return dq, dk, dv
+    unions, done = _unions(q, k, indices, TRAINING)
+    launch_masked_backward(do, dlse, q, k, v, unions, o, lse, scale, dq=dq, dk=dk, dv=dv)
+    launch_gather_backward(*arguments, done, dq=dq, dk=dk, dv=dv)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 _masked_backward.register_fake(fake_backward)

@@ -1,4 +1,4 @@
-"""The masked kernels, by their operators, against dense attention in float64: sizes on and off tiles and blocks."""
+"""The masked kernels, by their operators, against dense attention in float64: sizes on and off tiles, shared or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.ops.dsa import attention, sparse_attention
+from hybrid_flex.ops.dsa import attention, masked, sparse_attention
+
+kernels = pytest.importorskip("hybrid_flex.kernels.dsa.masked")
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
 # B, T, S, H, Hkv, D, Dv, J
@@ -29,7 +31,7 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 
 def select(B: int, T: int, S: int, J: int) -> Tensor:
-    """Draw a selection with unused slots, some in the middle, blocks nobody touches, and a last token without a key."""
+    """Draw a selection with unused slots, some in the middle, keys nobody selects, and a last token without a key."""
     generator = torch.Generator().manual_seed(S + J)
     indices = torch.rand(B, T, max(S, J), generator=generator).argsort(-1)[..., :J].int()
     indices[indices >= S] = -1
@@ -77,6 +79,46 @@ def test_sizes(device: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     compare(make(*sizes[:7], dtype, device), select(*sizes[:3], sizes[7]))
 
 
+@pytest.mark.parametrize("sizes", [(1, 70, 400, 4, 1, 64, 128, 30), (2, 36, 500, 16, 2, 40, 24, 40)], ids=["4", "8"])
+def test_tiles_that_share_too_little_are_gathered(
+    device: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of queries that select alike, of such that do not, and of few."""
+    for name in ("FORWARD", "TRAINING"):
+        monkeypatch.setattr(masked, name, 1)
+    B, T, S, H, Hkv, D, Dv, J = sizes
+    tensors, indices = make(B, T, S, H, Hkv, D, Dv, torch.float32, device), select(B, T, S, J)
+    indices[0, : kernels.queries_of_tile(H // Hkv)] = indices[0, :1]
+    _, done = masked._unions(tensors[0], tensors[1], indices.to(device), 1)
+    assert done.is_part == 1 and (done.tiles[0] < 0).tolist() == [False, True, False]
+    compare(tensors, indices)
+
+
+@pytest.mark.parametrize("most", [128, 384])
+def test_unions(device: str, most: int) -> None:
+    B, T, S, J = 2, 70, 700, 6
+    indices = torch.rand(B, T, S, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :J].int()
+    indices[0, :32] = torch.tensor([0, 31, 32, 63, 699, -1])
+    indices[0, 5, 2:4] = -1
+    indices[1, 64:] = -1
+    bits, number, keys = (x.cpu() for x in kernels.launch_unions(indices.to(device), S, 4, most))
+    assert bits.shape == (B, 96, most // 32) and number.shape == (B, 3) and keys.shape == (B, 3, most)
+    member = torch.zeros(B, 96, S + 1, dtype=torch.bool)
+    member[:, :T].scatter_(2, indices.masked_fill(indices < 0, S).long(), True)
+    member = member[..., :S]
+    for b in range(B):
+        for i in range(3):
+            union = member[b, 32 * i : 32 * i + 32].any(0).nonzero()[:, 0]
+            if len(union) > most:
+                assert number[b, i] == -1 and (bits[b, 32 * i : 32 * i + 32] == 0).all()
+                continue
+            assert number[b, i] == len(union) and torch.equal(keys[b, i, : len(union)].long(), union)
+            places = (bits[b, 32 * i : 32 * i + 32, :, None] >> torch.arange(32)) & 1
+            want = torch.nn.functional.pad(member[b, 32 * i : 32 * i + 32][:, union], (0, most - len(union)))
+            assert torch.equal(places.flatten(1).bool(), want)
+    assert (number[0, 0], number[1, 2]) == (5, 0) and (number == -1).any() == (most == 128)
+
+
 def test_rows_without_keys_have_no_sum(device: str) -> None:
     q, k, v, _ = make(1, 3, 40, 4, 2, 16, 16, torch.float32, device)
     o, lse = torch.ops.hybrid_flex.sparse_attention_masked(q, k, v, torch.full((1, 3, 5), -1, device=device), 1.0)
@@ -89,7 +131,7 @@ def test_strides_and_wide_integers(device: str) -> None:
     moved = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in x]
     moved[1] = x[1].transpose(1, 3).contiguous().transpose(1, 3)
     got = compare(moved, indices.long())
-    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+    assert all(torch.equal(got[name], want[name]) for name in NAMES[:3])  # dk and dv are added up in any order
 
 
 def test_extreme_logits_and_a_negative_scale(device: str) -> None:

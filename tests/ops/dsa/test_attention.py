@@ -299,39 +299,42 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "T, H, Hkv, trains, masked",
+    "T, H, Hkv, masked",
     [
-        (2047, 32, 8, True, False),
-        (2048, 32, 8, False, True),
-        (32768, 32, 8, False, True),
-        (65536, 32, 8, False, False),
-        (65536, 32, 8, True, True),
-        (70000, 32, 8, True, False),
-        (8192, 16, 2, False, True),
-        (32768, 16, 2, False, False),
-        (4096, 16, 1, True, False),
+        (2047, 32, 8, False),
+        (2048, 32, 8, True),
+        (131072, 32, 8, True),
+        (2**18, 32, 8, True),
+        (2**18 + 1, 32, 8, False),  # 16 bytes a query and 1024 keys
+        (2**18, 32, 4, False),  # 16 queries a tile
+        (4096, 16, 1, False),
     ],
 )
 def test_auto_takes_the_form_that_was_measured_to_be_faster(
-    T: int, H: int, Hkv: int, trains: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+    T: int, H: int, Hkv: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "has_kernels", lambda x: True)
     q, k = (torch.empty(1, T, heads, 128, device="meta", dtype=torch.bfloat16) for heads in (H, Hkv))
-    q.requires_grad_(trains)
-    indices = torch.empty(1, T, 2048, device="meta", dtype=torch.int32)
-    assert attention._is_masked_faster(q, k, k, indices) == masked
-    assert not attention._is_masked_faster(q.float(), k.float(), k.float(), indices)
+    assert attention._is_masked_faster(q, k, k) == masked
+    assert not attention._is_masked_faster(q.float(), k.float(), k.float())
 
 
 def test_auto_asks_the_same_while_compiling(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
     monkeypatch.setattr(attention, "has_kernels", lambda x: True)
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+    monkeypatch.setattr(attention, "UNION_BYTES", 320 * 320 // 128)
 
-    def chosen(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
-        return q.sum() + (1 if attention._is_masked_faster(q, k, k, indices) else 0)
+    def chosen(q: Tensor, k: Tensor) -> Tensor:
+        return q.sum() + (1 if attention._is_masked_faster(q, k, k) else 0)
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")
     for T, masked in ((250, 0), (300, 1), (400, 0)):
-        q = torch.zeros(1, T, 8, 64, dtype=torch.bfloat16, requires_grad=True)
-        k, indices = torch.zeros(1, T, 2, 64, dtype=torch.bfloat16), torch.zeros(1, T, 10, dtype=torch.int32)
-        assert compiled(q, k, indices) == chosen(q, k, indices) == masked
+        q, k = (torch.zeros(1, T, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
+        assert compiled(q, k) == chosen(q, k) == masked
+
+
+def test_a_tile_shares_no_more_keys_than_gathering_is_worth() -> None:
+    """4 heads on a key head: 10 slots are worth 82 keys, or all where a query in the middle sees no more than that."""
+    for T, S, most in ((300, 300, 82), (164, 164, 164), (165, 165, 82), (20, 92, 92), (20, 93, 82), (20, 60, 60)):
+        q, k = torch.empty(1, T, 8, 64), torch.empty(1, S, 2, 64)
+        assert attention.most_shared(q, k, torch.empty(1, T, 10), attention.FORWARD) == most

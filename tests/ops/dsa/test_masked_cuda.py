@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybrid_flex.ops.dsa import attention, sparse_attention
+from hybrid_flex.ops.dsa import attention, masked, sparse_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -60,28 +60,40 @@ def test_outputs_and_gradients(case: tuple[int, ...], dtype: torch.dtype, select
         assert x.isfinite().all() and relative(x, y) <= bound, (name, relative(x, y))
 
 
-def causal(T: int, J: int, cut: int = 0) -> Tensor:
-    """Draw J past keys of every token; none of the ``cut`` keys from 128 on, so that blocks stay untouched."""
+def causal(T: int, J: int) -> Tensor:
+    """Draw J past keys of every token."""
     generator = torch.Generator("cuda").manual_seed(3)
     scores = torch.rand(T, T, generator=generator, device="cuda")
-    scores[:, 128 : 128 + cut] = -1
     scores = scores.masked_fill(torch.ones(T, T, device="cuda", dtype=torch.bool).triu(1), -1)
     values, indices = scores.topk(min(J, T))
     indices = indices.masked_fill(values < 0, T).sort().values
     return indices.masked_fill(indices == T, -1).int()[None]
 
 
-def test_it_equals_the_gather_form_over_many_tiles() -> None:
-    inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, 300, 500)
+@pytest.mark.parametrize("J", [60, 300])
+def test_it_equals_the_gather_form_over_many_tiles(J: int) -> None:
+    """Some tiles share too much to be gathered and some too little to be masked, or all are masked."""
+    inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, J)
+    for worth in (masked.FORWARD, masked.TRAINING):
+        tiles = masked._unions(inputs[0], inputs[1], indices, worth)[1].tiles
+        assert (tiles < 0).any() == (J == 60) and (tiles >= 0).any()
     got, want = (results(inputs, indices, backend) for backend in ("masked", "gather"))
     assert all(relative(got[name], want[name]) <= 1e-2 for name in NAMES)
 
 
 def test_bits_repeat(selection: Callable[..., Tensor]) -> None:
+    """Of the outputs and dq; with deterministic algorithms of all gradients."""
     case = (2, 300, 500, 8, 2, 128, 128, 100)
     inputs, indices = draw(case, torch.bfloat16), selection(2, 300, 500, 100).cuda()
     first, second = (results(inputs, indices, "masked") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in NAMES)
+    assert all(torch.equal(first[name], second[name]) for name in NAMES[:3])
+    torch.use_deterministic_algorithms(True)
+    try:
+        third, fourth = (results(inputs, indices, "masked") for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(third[name], fourth[name]) for name in NAMES)
+    assert all(relative(third[name], first[name]) <= 1e-2 for name in NAMES)
 
 
 @pytest.mark.parametrize("layout", ["head-major", "sliced"])
@@ -93,7 +105,8 @@ def test_strides(layout: str, selection: Callable[..., Tensor]) -> None:
     else:
         moved = [torch.nn.functional.pad(x.detach(), (8, 8))[..., 8:-8] for x in inputs]
     got = results([x.requires_grad_() for x in moved], indices.long(), "masked")
-    assert all(torch.equal(got[name], want[name]) for name in NAMES)
+    assert all(torch.equal(got[name], want[name]) for name in NAMES[:3])
+    assert all(relative(got[name], want[name]) <= 5e-3 for name in NAMES[3:])
 
 
 def test_opcheck(selection: Callable[..., Tensor]) -> None:
@@ -102,24 +115,23 @@ def test_opcheck(selection: Callable[..., Tensor]) -> None:
 
 
 def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
-    """Lengths on both sides of the bound, with and without gradients, eager and as compiled graphs."""
+    """Lengths on both sides of the bounds, eager and as graphs; the selection decides which tiles it leaves."""
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+    monkeypatch.setattr(attention, "UNION_BYTES", 500 * 500 // 128)
     called: list[str] = []
 
     def nodes(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
         called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
         return graph
 
-    # 4 heads on a key head: 10 slots are worth 82 visible keys, 160 in training.
-    for T, trains, name in ((250, True, "cuda"), (300, True, "masked"), (400, True, "cuda"), (300, False, "cuda")):
+    for T, name in ((250, "cuda"), (300, "masked"), (480, "masked"), (600, "cuda")):
         inputs, indices = draw((1, T, T, 8, 2, 64, 64, 0), torch.bfloat16), causal(T, 10)
-        with torch.set_grad_enabled(trains):
-            called.clear()
-            o, _ = torch.compile(sparse_attention, fullgraph=True, backend=nodes)(*inputs, indices)
-            assert [f"sparse_attention_{name}" in x for x in called] == [True], (T, trains, called)
-            want = "gather" if name == "cuda" else name
-            assert torch.equal(o, sparse_attention(*inputs, indices)[0])
-            assert torch.equal(o, sparse_attention(*inputs, indices, backend=want)[0])
+        called.clear()
+        o, _ = torch.compile(sparse_attention, fullgraph=True, backend=nodes)(*inputs, indices)
+        assert [f"sparse_attention_{name}" in x for x in called] == [True], (T, called)
+        want = "gather" if name == "cuda" else name
+        assert torch.equal(o, sparse_attention(*inputs, indices)[0])
+        assert torch.equal(o, sparse_attention(*inputs, indices, backend=want)[0])
 
 
 def test_nothing_selected_and_nothing_there() -> None:
@@ -131,7 +143,7 @@ def test_nothing_selected_and_nothing_there() -> None:
 
 
 def test_more_than_two_to_the_31_elements() -> None:
-    """The bits of late queries, and the rows of late heads, lie behind 2^31 elements."""
+    """The rows of late heads lie behind 2^31 elements."""
     T, S = 600, 2**17 + 70
     q = torch.randn(1, T, 128, 128, device="cuda", dtype=torch.bfloat16)
     k = torch.randn(1, 128, S, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
