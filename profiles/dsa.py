@@ -11,8 +11,9 @@ Inputs are bfloat16, standard normal, batch 1, made on the device.  A row's name
           backward, here and below.
   block_flex  FlexAttention over 16 blocks of 128 keys per block of queries, block_topk_mask inside the time; afterwards
           100 other masks, whose recompilations are counted.
-  forms   sparse_attention over 2048 independently drawn past keys per query: as it chooses (auto), in the gather and
-          the masked form, and, at T = 4096, FlexAttention over their exact mask, topk_block_mask inside the time.
+  forms   sparse_attention over 2048 past keys per query, drawn independently or (`agree90`) by scores whose correlation
+          among neighbouring queries is 0.9: as it chooses (auto), in the gather and the masked form, and, at T = 4096,
+          FlexAttention over their exact mask, topk_block_mask inside the time.
   density  share of blocks that such a mask touches, by how far neighbouring queries and keys agree; not timed.
   loss    indexer_kl_loss and its gradients, over the selection or, `dense`, over all visible keys; `given`: with the
           log-sum-exps that the attention has left, as layers call it.
@@ -21,7 +22,8 @@ Inputs are bfloat16, standard normal, batch 1, made on the device.  A row's name
   layer   a whole attention layer, projections included, not compiled, against the same weights with causal fused
           attention, under MLA in the expanded form: `glm` is GLM-5.3-Flash's shape (64 heads, latent 512, no rotated
           part, heads of 256, indexer 32 x 128 on pools of 4, top-2048; hidden 4096 and query rank 2048 are ours), `gqa`
-          32 heads of 128 on 8, indexer 8 x 64, top-2048, hidden 4096.
+          32 heads of 128 on 8, indexer 8 x 64, top-2048, hidden 4096.  Random weights select independently for each
+          token; in `agree90` rows they select, and the layer attends to a selection drawn as in `forms`.
 
 What is measured, for every row:
   Correctness, before anything is timed, NOTE [Bounds].  Selections: every row's form; at 64 queries every selected

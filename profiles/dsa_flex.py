@@ -199,7 +199,7 @@ def enumerate_lists(tensors: tuple[Tensor | None, ...]) -> list[tuple[str, Tenso
 class FormsWork(HeadMajorWork):
     def __init__(self, row: FormsRow, device: torch.device, seed: int) -> None:
         super().__init__(row, device, seed)
-        self.x["indices"] = causal_indices(row.T, row.topk, self.generator)
+        self.x["indices"] = causal_indices(row.T, row.topk, self.generator, row.agreement)
 
     def contenders(self, row: FormsRow) -> dict[str, Contender]:
         torch._dynamo.reset()  # NOTE [One graph per row]

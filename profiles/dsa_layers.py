@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from dsa_gates import Errors, exact_attention, relative, sampled, worst, wrong_rows
 from dsa_rows import DENSE_LAYER, OURS, LayerRow, shape_of
-from dsa_work import Call, Contender, Tensors, Work
+from dsa_work import Call, Contender, Tensors, Work, causal_indices
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,8 +69,23 @@ class LayerWork(Work):
                     shape.hidden, shape.H, num_kv_heads=shape.kv_heads, head_dim=shape.D, **indexer
                 )
         self.layer, self.shape = layer.to(torch.bfloat16), shape
+        if row.agreement is not None:
+            self.replace_selection(causal_indices(row.T, shape.topk, self.generator, row.agreement))
         self.x = {"x": self.normal(1, row.T, shape.hidden), "dy": self.normal(1, row.T, shape.hidden)}
         self.x |= dict(self.layer.named_parameters())
+
+    def replace_selection(self, indices: Tensor) -> None:
+        """Let the layer attend to ``indices`` instead of what it has selected, which it still does."""
+        indexer = self.layer.indexer
+        assert indexer is not None
+        select: Callable[..., Tensor] = indexer.select
+
+        def selected(*args: Any, **kwargs: Any) -> Tensor:
+            own = select(*args, **kwargs)
+            assert own.shape == indices.shape
+            return indices
+
+        indexer.select = selected  # type: ignore[method-assign]
 
     def run(self, forward: Callable[[Tensor], Tensor], backward: bool, num_tokens: int | None = None) -> Tensors:
         x, dy = (self.x[name][:, :num_tokens] for name in ("x", "dy"))

@@ -125,6 +125,8 @@ class FormsRow(Row):
     backward: bool = False
     flex: bool = True
     """Whether FlexAttention runs; where it is known to be slower by far it would only take time."""
+    agreement: float = 0.0
+    """Correlation of the scores that neighbouring queries give a key."""
 
     def quick_sizes(self) -> dict[str, Any]:
         return {"T": self.T // 32, "H": 4, "kv_heads": 2, "D": 16, "topk": 32}
@@ -152,6 +154,9 @@ class LayerRow(Row):
     T: int
     backward: bool = False
     small: bool = False
+    agreement: float | None = None
+    """None: what the layer selects, with random weights of random inputs.  Else it selects, and attends to a selection
+    whose neighbours agree so far."""
 
     def quick_sizes(self) -> dict[str, Any]:
         return {"T": self.T // 128, "small": True}
@@ -263,6 +268,10 @@ def layer_rows() -> list[Row]:
             target = LAYER_TARGETS.get(T) if shape == "glm" else None
             rows.append(LayerRow(name=f"layer_{shape}_fwd_t{T}", shape=shape, T=T, target_times=target))
             rows.append(LayerRow(name=f"layer_{shape}_train_t{T}", shape=shape, T=T, backward=True))
+    for T in LENGTHS:
+        for way in ("fwd", "train"):
+            name = f"layer_gqa_{way}_t{T}_agree90"
+            rows.append(LayerRow(name=name, shape="gqa", T=T, backward=way == "train", agreement=0.9))
     return rows
 
 
@@ -275,8 +284,12 @@ def decode_rows() -> list[Row]:
     ]
 
 
-# Heads, key heads and tokens: on both sides of where forms change places.
-FORMS = (*((32, 8, T) for T in (4096, 8192, 16384, 32768, 65536)), (16, 2, 8192), (16, 2, 32768))
+# Heads, key heads, tokens and agreement: on both sides of where forms change places.
+FORMS = (
+    *((32, 8, T, 0.0) for T in (4096, 8192, 16384, 32768, 65536)),
+    *((32, 8, T, 0.9) for T in (8192, 32768, 131072)),
+    *((16, 2, T, 0.0) for T in (8192, 32768)),
+)
 
 # Rows that use the same inputs stand together.
 ROWS: tuple[Row, ...] = (
@@ -293,14 +306,16 @@ ROWS: tuple[Row, ...] = (
     BlockRow(name="block_flex_train_t32768_16x128", T=32768, backward=True, target_ms=10.97, target_mask_share=0.1),
     *(
         FormsRow(
-            name=f"forms_{way}_t{T}_h{H}_kv{kv_heads}_d128_k2048",
+            name=f"forms_{way}_t{T}_h{H}_kv{kv_heads}_d128_k2048"
+            + (f"_agree{agreement * 100:.0f}" if agreement else ""),
             T=T,
             H=H,
             kv_heads=kv_heads,
             backward=way == "train",
             flex=T == 4096,
+            agreement=agreement,
         )
-        for H, kv_heads, T in FORMS
+        for H, kv_heads, T, agreement in FORMS
         for way in ("fwd", "train")
     ),
     DensityRow(name="density_t8192_k2048", T=8192),

@@ -306,7 +306,7 @@ def launch_masked(q: Tensor, k: Tensor, v: Tensor, unions: Unions, scale: float,
     """
     constants = constants_of(q, k, v)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    tiles = tiles_of_keys(((128, 2), (64, 2), (32, 1)), constants, constants["BD"], q)
+    tiles = tiles_of_keys(((64, 3), (64, 2), (32, 1)), constants, constants["BD"], q)
     num_tiles = unions.keys.shape[1]
     launchable(masked_kernel, q)[(q.shape[0] * k.shape[2] * num_tiles,)](
         q, k, v, *unions, o, lse, float(scale), q.shape[1], *unions.sizes,

@@ -44,7 +44,7 @@ from hybrid_flex.ops.dsa.reference import reference_attention
 
 # NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that this was measured with; fewest
 # queries, below which launching costs more; most bytes of a batch entry's unions.
-FORWARD = 37
+FORWARD = 42
 TRAINING = 72
 MOST_GROUPED = 8
 FEWEST_QUERIES = 2048
