@@ -8,8 +8,8 @@ see more than twice ``topk`` keys:
   recent   share of a query's keys that are among its last ``topk`` ones.
   union n  distinct keys of n consecutive queries, over ``topk``: 1 where they agree, n where they share nothing.
   blocks   share of the visible blocks of 128 keys that any of 32 consecutive queries selects from.
-Below each, what queries would give that select independently of each other: of t visible keys n queries then select
-t (1 - (1 - topk / t)^n).
+Below each, what queries would give that select independently of each other: n of them leave a key that all of them see
+with the probability (1 - topk / t)^n.
 
 The table goes to profiles/results/agreement_<device>_<yyyymmdd>.md, everything measured to the .json beside it.
 """
@@ -91,7 +91,7 @@ def agreement(indices: Tensor, topk: int) -> dict[str, float]:
         for n in TILES:
             union = here.unflatten(0, (-1, n)).any(1).sum(1)
             values[f"union {n}"] = union.double().mean() / topk
-            values[f"union {n} if independent"] = (seen * (1 - (1 - topk / seen) ** n)).mean() / topk
+            values[f"union {n} if independent"] = independent_union(start, most, n, topk) / topk
         touched = here.unflatten(0, (-1, BLOCK_QUERIES)).any(1)
         padded = torch.nn.functional.pad(touched, (0, -T % BLOCK_KEYS)).unflatten(1, (-1, BLOCK_KEYS))
         visible = torch.arange(start + BLOCK_QUERIES, start + most + 1, BLOCK_QUERIES) / BLOCK_KEYS
@@ -100,6 +100,17 @@ def agreement(indices: Tensor, topk: int) -> dict[str, float]:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + float(value) / len(tiles)
     return sums
+
+
+def independent_union(start: int, count: int, n: int, topk: int) -> float:
+    """Return how many keys n of ``count`` queries from ``start`` on select on average, if each draws its own."""
+    total = 0.0
+    for first in range(start, start + count, n):
+        seen = torch.arange(first + 1, first + n + 1, dtype=torch.float64)
+        # Logarithms of how likely a key is left by all queries from one on, which are those that see a key of the tile.
+        left = torch.log1p(-topk / seen).flip(0).cumsum(0).flip(0)
+        total -= float(first * torch.expm1(left[0]) + torch.expm1(left).sum())
+    return total / (count // n)
 
 
 def members(indices: Tensor, num_keys: int) -> Tensor:

@@ -64,17 +64,11 @@ def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLO
     p_slots += i_query * J
     p_union += (i_query // T * TILES + i_query % T // TILE) * WORDS
     for j in range(0, J, SLOTS):
-        b_slot, m_slot = load_keys(p_slots, j, J, S, SLOTS)
+        # Loaded here and in no function of its own: of what a function returns torch takes all arguments for written
+        # where an address is computed of it, and copies the slots in every graph (torch 2.11 then fails: open strides).
+        b_slot = tl.load(p_slots + j + tl.arange(0, SLOTS), mask=j + tl.arange(0, SLOTS) < J, other=-1).to(tl.int32)
+        m_slot = (b_slot >= 0) & (b_slot < S)
         tl.atomic_or(p_union + (b_slot >> 5), m_slot.to(tl.int32) << (b_slot & 31), mask=m_slot, sem="relaxed")
-
-
-@triton.jit
-def load_keys(p_slots, j, J, S, SLOTS: tl.constexpr):
-    """Load slots from j on, 0 where they are not in use; and which are."""
-    i_slot = j + tl.arange(0, SLOTS)
-    b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
-    m_slot = (b_slot >= 0) & (b_slot < S)
-    return tl.where(m_slot, b_slot, 0), m_slot
 
 
 @triton.jit(do_not_specialize=["WORDS", "MOST"])
@@ -126,7 +120,8 @@ def pack_kernel(
     p_bits += (i_query // T * PADDED + i_query % T) * CHOSEN
     number = tl.load(p_number + i_tile)
     for j in range(0, tl.where(number > 0, J, 0), SLOTS):
-        b_slot, m_slot = load_keys(p_slots, j, J, S, SLOTS)
+        b_slot = tl.load(p_slots + j + tl.arange(0, SLOTS), mask=j + tl.arange(0, SLOTS) < J, other=-1).to(tl.int32)
+        m_slot = (b_slot >= 0) & (b_slot < S)
         b_word = tl.load(p_union + (b_slot >> 5), mask=m_slot, other=0)
         b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
         b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(tl.where(m_slot, b_below, 0))
@@ -258,12 +253,20 @@ def constants_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return {**sizes, "PRECISION": product_precision(q)}
 
 
-def tiles_of_keys(choices: tuple[tuple[int, int], ...], constants: dict[str, Any], held: int, x: Tensor) -> Tiles:
-    """Choose keys of a tile and stages that fit the shared memory beside ``held`` columns of queries."""
+def tiles_of_keys(
+    choices: tuple[tuple[int, int], ...], constants: dict[str, Any], held: int, weights: int, x: Tensor
+) -> Tiles:
+    """Choose keys of a tile and stages that fit the shared memory.
+
+    Beside them lie ``held`` columns of queries and ``weights`` tiles of weights.
+    """
     size, limit = x.element_size(), device_limits(x.device)[0]
     columns = constants["BD"] + constants["BV"]
-    fits = (c for c in choices if (ROWS * held + c[0] * c[1] * columns) * size + 16 * ROWS * c[1] <= limit)
-    BN, stages = next(fits, choices[-1])
+
+    def number_of_bytes(BN: int, stages: int) -> int:
+        return (ROWS * (held + weights * BN) + stages * BN * columns) * size + 16 * ROWS * stages
+
+    BN, stages = next((choice for choice in choices if number_of_bytes(*choice) <= limit), choices[-1])
     return {"BM": ROWS, "BN": BN, "STAGES": stages, "num_warps": 8}
 
 
@@ -306,7 +309,7 @@ def launch_masked(q: Tensor, k: Tensor, v: Tensor, unions: Unions, scale: float,
     """
     constants = constants_of(q, k, v)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    tiles = tiles_of_keys(((64, 3), (64, 2), (32, 1)), constants, constants["BD"], q)
+    tiles = tiles_of_keys(((64, 3), (64, 2), (32, 1)), constants, constants["BD"], 0, q)
     num_tiles = unions.keys.shape[1]
     launchable(masked_kernel, q)[(q.shape[0] * k.shape[2] * num_tiles,)](
         q, k, v, *unions, o, lse, float(scale), q.shape[1], *unions.sizes,

@@ -95,7 +95,7 @@ def launch_masked_backward(
     do, q, k, v = (dense_rows(x) for x in (do, q, k, v))
     dlse, o, lse = (x.contiguous() for x in (dlse, o, lse))
     strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    tiles = tiles_of_keys(((64, 2), (64, 1), (32, 1)), constants, constants["BD"] + constants["BV"], q)
+    tiles = tiles_of_keys(((64, 2), (64, 1), (32, 1)), constants, constants["BD"] + constants["BV"], 1, q)
     launchable(masked_backward_kernel, q)[(q.shape[0] * k.shape[2] * unions.keys.shape[1],)](
         q, k, v, *unions, o, lse, do, dlse, dq, dk, dv, float(scale), q.shape[1], k.shape[1], *unions.sizes, *strides,
         **constants, **tiles, num_stages=tiles["STAGES"],

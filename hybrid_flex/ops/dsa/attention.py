@@ -4,22 +4,24 @@
 
 The gather form fetches the selected rows of k and v and forgets them: its workspace does not grow with T or S.  On CUDA
 it is Triton kernels (kernels/dsa/gather.py), elsewhere and in float64 plain torch (gather.py).  The masked form
-(masked.py), on CUDA only, multiplies tiles of queries with all keys that any of them has selected; flex.py holds the
-form that goes through FlexAttention.
+(masked.py), on CUDA only, multiplies a tile of queries with all keys that any of them has selected, and leaves tiles
+that share too little to the gather form; flex.py holds the form that goes through FlexAttention.
 
 # NOTE [Masked or gathered]
-A gathered row serves the heads on its key head only.  Where these are few, fetching bounds the gather form: 67 ps for a
-token, key and key head of 128 columns (H100), 360 ps backward.  The masked form fetches rows once for 128 queries and
-heads, and pays for all keys that a query sees.  Neighbours that select alike make it faster, but nobody knows that
-before.  With G heads on a key head a gathered key is worth FORWARD / (G + 1/2) visible ones, or TRAINING / (G + 1/2)
-where a backward follows.  Measured on an H100, bfloat16, independent selections, milliseconds gathered and masked
-(profiles/results/dsa_nvidia-h100-80gb-hbm3_20261123.md, rows forms_*):
+A gathered row serves the heads of one query on its key head only.  Where these are few, fetching bounds the gather
+form: 63 ps for a token, key and key head of 128 columns, 290 ps backward.  The masked form fetches a row for 128
+queries and heads, and takes 195 ps and 570 ps for a key of a tile's union, tile and key head.  With G heads on a key
+head a tile has 128 / G queries, so that masking is faster up to unions of FORWARD / (G + 1/2) times as many keys as a
+query selects, TRAINING / (G + 1/2) times backward.  Each tile decides for itself; where whole sequences are shorter
+than that, nothing is left to decide.  Measured on an H200, bfloat16, 2048 keys, 32 heads of 128 on 8, milliseconds
+gathered and as it chooses, of dense causal attention at the end (profiles/results/dsa_nvidia-h200_20261129.md, rows
+forms_*).  Agreement is the correlation of the scores that neighbours give a key:
 
-    heads, key heads        T     8192        32768          65536
-    32, 8    forward           8.0  2.0    35.9   29.1     77.4  113.5
-    32, 8    training         47.7  8.2   222.5  111.3    594.6  436.4
-    16, 2    forward           2.0  1.1     8.9   14.7
-    16, 2    training         11.7  5.3    53.2   56.0
+    agreement                     none                0.9                dense
+    T                      32768   65536 *     32768   131072       32768   131072
+    forward                 34 26   69 62       35 9    150 47         13      241
+    forward and backward  194 101  436 316     195 33  789 178         52      914
+                                   * timed while the kernels were chosen
 """
 
 from __future__ import annotations
@@ -42,11 +44,12 @@ from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, longest
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 from hybrid_flex.ops.dsa.reference import reference_attention
 
-# NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that this was measured with; fewest
-# queries, below which launching costs more; most bytes of a batch entry's unions.
+# NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that gain (32 on 2 take 7.4 and not
+# 8.7 ms forward at T 32768 where neighbours agree by 0.9, 9.2 and not 8.9 where they do not); fewest queries, below
+# which launching costs more; most bytes of a batch entry's unions.
 FORWARD = 42
 TRAINING = 72
-MOST_GROUPED = 8
+MOST_GROUPED = 16
 FEWEST_QUERIES = 2048
 UNION_BYTES = 512 * 2**20
 
@@ -251,12 +254,13 @@ def sparse_attention(
         scale: factor of the logits; default ``D ** -0.5``.
         backend: ``"gather"`` (exact and differentiable, workspace independent of T; on CUDA Triton kernels, in every
             dtype but float64, for D up to 768 and Dv up to 512; else it streams over blocks of queries), ``"masked"``
-            (dense products under a mask of T * S bits; CUDA only, 16 bits only, D and Dv up to 128, up to 128 heads on
-            a key head; keys and values that nobody selects must be finite), ``"flex"`` (FlexAttention over a
-            BlockMask: of blocks of queries, or of single tokens where they are few; not float64; gradients are those
-            of ``"gather"``), ``"reference"`` (dense, for tests), or ``"auto"``: ``"gather"``, but ``"masked"`` where
-            that was measured to be faster, which is with up to 8 heads on a key head and thousands of queries (in an
-            exported program: where it is for the longest sequences).
+            (consecutive queries are multiplied with all keys that any of them has selected, under a mask, or gather
+            where these are too many; CUDA only, 16 bits only, D and Dv up to 128, up to 128 heads on a key head; keys
+            and values that a neighbour selects must be finite), ``"flex"`` (FlexAttention over a BlockMask: of blocks
+            of queries, or of single tokens where they are few; not float64; gradients are those of ``"gather"``),
+            ``"reference"`` (dense, for tests), or ``"auto"``: ``"gather"``, but ``"masked"`` where that was measured
+            to be faster, which is with up to 16 heads on a key head and thousands of queries (in an exported program:
+            where the longest sequences have so many).
         value_dim: Dv, in [1, D], where v is None.
 
     Returns:
@@ -268,8 +272,8 @@ def sparse_attention(
         TypeError: dtypes that do not fit.
 
     Device: any; sums run in float32 (float64 for float64 inputs).  On CUDA the gradients of k and v are added up by
-    atomics, in an order that changes from run to run, except in the masked form; with
-    ``torch.use_deterministic_algorithms(True)`` the backward takes the slower form whose bits repeat.
+    atomics, in an order that changes from run to run; with ``torch.use_deterministic_algorithms(True)`` the backward
+    takes the slower form whose bits repeat.
     Source: DeepSeek-V3.2 report, equation 2.
 
     Example:

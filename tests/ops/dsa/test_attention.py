@@ -307,7 +307,8 @@ def test_errors() -> None:
         (2**18, 32, 8, True),
         (2**18 + 1, 32, 8, False),  # 16 bytes a query and 1024 keys
         (2**18, 32, 4, False),  # 16 queries a tile
-        (4096, 16, 1, False),
+        (4096, 16, 1, True),
+        (4096, 17, 1, False),
     ],
 )
 def test_auto_takes_the_form_that_was_measured_to_be_faster(
