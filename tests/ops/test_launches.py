@@ -25,6 +25,7 @@ chunk = pytest.importorskip("hybrid_flex.kernels.kda.chunk")
 short_conv = pytest.importorskip("hybrid_flex.kernels.kda.short_conv")
 decode = pytest.importorskip("hybrid_flex.kernels.kda.decode")
 
+Launches = Callable[[torch.fx.Graph], list[dict[str, Any]]]
 KDA = [(4, 64)] * 4 + [(4,)]
 FLAGS = (True, False, False, False, None)  # norms inside, and no gate
 
@@ -79,14 +80,8 @@ def traced(call: Callable[..., Any], widths: list[tuple[int, ...]]) -> torch.fx.
             return make_fx(call)(*inputs).graph
 
 
-def launches(graph: torch.fx.Graph) -> list[dict[str, Any]]:
-    """Return the arguments of each launch, by name."""
-    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
-    return [node.kwargs["kwargs"] for node in graph.find_nodes(op="call_function", target=target)]
-
-
 @pytest.mark.parametrize("name", CALLS)
-def test_what_a_graph_computes_is_computed_once(name: str) -> None:
+def test_what_a_graph_computes_is_computed_once(name: str, launches: Launches) -> None:
     call, widths = CALLS[name]
     found = launches(traced(lambda *x: call(*(t * 2 for t in x)), widths))
     arguments = [x for launch in found for x in launch.values() if isinstance(x, torch.fx.Node)]
@@ -95,7 +90,7 @@ def test_what_a_graph_computes_is_computed_once(name: str) -> None:
     assert not {x: n for x, n in computed.items() if n > 1}
 
 
-def test_a_part_of_a_tensor_is_left_where_it_lies() -> None:
+def test_a_part_of_a_tensor_is_left_where_it_lies(launches: Launches) -> None:
     """Its place in memory is the graph's business: counted from the start of what it is a part of, it would be lost."""
     found = launches(
         traced(lambda q, k, w: topk.lightning_topk(q, k[..., 64:], w, 64, True, 0, None, 1), [(4, 64), (128,), (4,)])

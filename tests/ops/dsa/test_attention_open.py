@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ gather = pytest.importorskip("hybrid_flex.kernels.dsa.gather")
 spans = pytest.importorskip("hybrid_flex.kernels.dsa.spans")
 
 H, D, V = 64, 576, 512
+Launches = Callable[[torch.fx.Graph], list[dict[str, Any]]]
 
 
-def launches(B: int, T: int, J: int, opened: str, Hkv: int = 1) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trace the launcher; return the arguments of each launch with its grid, and the open sizes by name."""
+def traced(B: int, T: int, J: int, opened: str, Hkv: int = 1) -> tuple[torch.fx.Graph, dict[str, Any]]:
+    """Trace the launcher; return the graph, and the open sizes by name."""
     sizes = {"B": B, "T": T, "J": J, "S": 3000}
     mode = FakeTensorMode(shape_env=ShapeEnv())
     found: dict[str, Any] = {}
@@ -43,14 +45,7 @@ def launches(B: int, T: int, J: int, opened: str, Hkv: int = 1) -> tuple[list[di
     with mode, symbolic_shapes.patch(backed_size_oblivious=True):
         graph = make_fx(attend)(q, k, indices, o, lse)
         assert not mode.shape_env.guards, "a question about a size binds the graph"
-    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
-    nodes = graph.graph.find_nodes(op="call_function", target=target)
-    constants = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
-    made = []
-    for node in nodes:
-        fixed = constants.get_constant_args(node.kwargs["constant_args_idx"])
-        made.append({**fixed, **node.kwargs["kwargs"], "grid": node.kwargs["grid"][0]})
-    return made, found
+    return graph.graph, found
 
 
 def at(number: Any, **sizes: Any) -> int:
@@ -61,8 +56,9 @@ def at(number: Any, **sizes: Any) -> int:
     return int(value.node.expr.subs({sizes["symbol"].node.expr: sizes["size"]}))
 
 
-def test_one_token_of_any_number_of_sequences_is_cut_by_how_many_there_are() -> None:
-    (attend, combine), found = launches(5, 1, 2051, "B S")
+def test_one_token_of_any_number_of_sequences_is_cut_by_how_many_there_are(launches: Launches) -> None:
+    graph, found = traced(5, 1, 2051, "B S")
+    attend, combine = launches(graph)
     B = found["B"]
     assert attend["CUT"] and combine["BS"] == spans.MOST_SPANS
     for size in (1, 3, 8, 64, 300):
@@ -74,20 +70,21 @@ def test_one_token_of_any_number_of_sequences_is_cut_by_how_many_there_are() -> 
 
 
 @pytest.mark.parametrize("opened", ["B T S", "T S", "B J S"])
-def test_open_lengths_and_selections_are_not_cut(opened: str) -> None:
+def test_open_lengths_and_selections_are_not_cut(opened: str, launches: Launches) -> None:
     T = 1 if "J" in opened else 5
-    (attend,), _ = launches(3, T, 2048, opened)
+    (attend,) = launches(traced(3, T, 2048, opened)[0])
     assert not attend["CUT"]
 
 
-def test_many_tokens_of_any_number_of_sequences_are_not_cut() -> None:
-    assert len(launches(3, spans.FEW_TOKENS, 2048, "B S")[0]) == 1
-    assert len(launches(3, spans.FEW_TOKENS - 1, 2048, "B S")[0]) == 2
+def test_many_tokens_of_any_number_of_sequences_are_not_cut(launches: Launches) -> None:
+    assert len(launches(traced(3, spans.FEW_TOKENS, 2048, "B S")[0])) == 1
+    assert len(launches(traced(3, spans.FEW_TOKENS - 1, 2048, "B S")[0])) == 2
 
 
-def test_fixed_sizes_are_cut_as_in_eager_mode() -> None:
-    (attend, combine), _ = launches(2, 1, 2048, "", Hkv=8)
+def test_fixed_sizes_are_cut_as_in_eager_mode(launches: Launches) -> None:
+    attend, combine = launches(traced(2, 1, 2048, "", Hkv=8)[0])
     number, span = spans.cut(2, 1, 2048, 8)
     assert number == 8 and (attend["spans"], attend["span"], combine["spans"]) == (number, span, number)
     assert combine["BS"] == 8 and attend["grid"][0] == 2 * 8 * number
-    assert len(launches(2, 1, 128, "")[0]) == len(launches(64, 1, 2048, "", Hkv=8)[0]) == 1
+    for few in (traced(2, 1, 128, ""), traced(64, 1, 2048, "", Hkv=8)):
+        assert len(launches(few[0])) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hybrid_flex.ops.dsa import indexer
 launcher = pytest.importorskip("hybrid_flex.kernels.dsa.topk")
 
 HI, DI = 8, 64
+Launches = Callable[[torch.fx.Graph], list[dict[str, Any]]]
 Size = int | tuple[int, Any]
 OPERATOR = torch.ops.hybrid_flex.lightning_topk_cuda.default
 
@@ -68,22 +70,15 @@ class WrittenOut(torch.fx.Interpreter):
         return indexer._in_kernels(*args, *defaults[len(args) - 8 :])
 
 
-def written_out(program: ExportedProgram) -> torch.fx.GraphModule:
+def written_out(program: ExportedProgram) -> torch.fx.Graph:
     """Trace what a compiler sees in the place of the operator."""
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     assert program.graph.find_nodes(op="call_function", target=OPERATOR)
     with inputs[0].fake_mode as mode, symbolic_shapes.patch(backed_size_oblivious=True):
         before = list(mode.shape_env.guards)
-        graph: torch.fx.GraphModule = make_fx(WrittenOut(program.graph_module).run)(*inputs)
+        graph: torch.fx.Graph = make_fx(WrittenOut(program.graph_module).run)(*inputs).graph
         assert mode.shape_env.guards == before, "a question about a size binds the graph"
     return graph
-
-
-def launches(graph: torch.fx.GraphModule) -> list[dict[str, Any]]:
-    """Return the arguments of every launch, and its grid."""
-    target = torch.ops.higher_order.triton_kernel_wrapper_mutation
-    nodes = graph.graph.find_nodes(op="call_function", target=target)
-    return [{**node.kwargs["kwargs"], "grid": node.kwargs["grid"][0]} for node in nodes]
 
 
 PREFILLS = {
@@ -99,7 +94,7 @@ PREFILLS = {
 
 @pytest.mark.parametrize("kpool", [1, 4])
 @pytest.mark.parametrize("name", PREFILLS)
-def test_prefill(name: str, kpool: int) -> None:
+def test_prefill(name: str, kpool: int, launches: Launches) -> None:
     most_T, most_B, blocks = PREFILLS[name]
     B, T = opened(3, most_B), opened(131, most_T)
     program = exported(Selection(kpool=kpool), B, T, T)
@@ -118,7 +113,7 @@ def test_prefill(name: str, kpool: int) -> None:
     for x in (node.meta["val"] for node in program.graph.find_nodes(op="placeholder")):
         sizes = zip(x.shape, (most_B, most_T), strict=False)
         most |= {n.node.expr: bound for n, bound in sizes if isinstance(n, torch.SymInt)}
-    made = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)
+    made = graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)
 
     def largest(number: Any) -> int:
         if not isinstance(number, torch.SymInt):
@@ -132,7 +127,7 @@ def test_prefill(name: str, kpool: int) -> None:
 
 
 @pytest.mark.parametrize("most_B", [None, 4, 1])
-def test_decode(most_B: int | None) -> None:
+def test_decode(most_B: int | None, launches: Launches) -> None:
     """One query for each cache: heads are the rows of the product, and rows are cut into spans."""
     B = opened(3, most_B)
     scores, spans, again, last = launches(written_out(exported(Selection(), B, 1, 131072, lengths=B)))
@@ -144,7 +139,7 @@ def test_decode(most_B: int | None) -> None:
     assert {launch["WIDTH"] for launch in (spans, again, last, few[1])} == {launcher.FEW_WIDTH}
 
 
-def test_fixed_sizes_are_launched_as_in_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_sizes_are_launched_as_in_eager_mode(monkeypatch: pytest.MonkeyPatch, launches: Launches) -> None:
     found = launches(written_out(exported(Selection(query_start=131071), 1, 1, 131072)))
     eager: list[tuple[int, ...]] = []
 
@@ -159,7 +154,7 @@ def test_fixed_sizes_are_launched_as_in_eager_mode(monkeypatch: pytest.MonkeyPat
     assert [launch["grid"] for launch in found] == eager == [(1024, 1, 1), (16, 1, 1), (4, 1, 1), (1, 1, 1)]
 
 
-def test_eight_bits_and_packed_sequences() -> None:
+def test_eight_bits_and_packed_sequences(launches: Launches) -> None:
     T = opened(131, 4096)
     assert len(launches(written_out(exported(Selection(quantization="fp8"), 1, T, T)))) == 2
     assert len(launches(written_out(exported(Selection(64), 1, T, T, cu_seqlens=4)))) == 2

@@ -8,34 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from triton.backends.compiler import GPUTarget
 
 from hybrid_flex.ops import chunk_kda, gated_rms_norm, short_conv
 
+pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-class Driver:
-    """Tells Triton which device to analyse kernels for; nothing can be launched on it."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
 @pytest.fixture(autouse=True)
-def kernels_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+def kernels_for_cpu_tensors(monkeypatch: pytest.MonkeyPatch, analysed_for_hopper: None) -> None:
     """Let operators on the CPU be traced as on a CUDA device."""
     for name in ("chunk", "training", "gated_norm", "short_conv"):
         module = importlib.import_module(f"hybrid_flex.ops.kda.{name}")  # its function of the same name is in the way
         monkeypatch.setattr(module, "has_kernels", lambda x: x.dtype != torch.float64)
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
 
 
 def joint_graph(function: Callable[..., Tensor], *inputs: Any) -> torch.fx.Graph:
