@@ -71,16 +71,16 @@ def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLO
         tl.atomic_or(p_union + (b_slot >> 5), m_slot.to(tl.int32) << (b_slot & 31), mask=m_slot, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["WORDS", "MOST"])
-def list_kernel(p_union, p_before, p_keys, p_number, WORDS, MOST, BW: tl.constexpr):
-    """List the keys of a tile's union, and count them; -1 where there are more than MOST: NOTE [Unions].
+@triton.jit(do_not_specialize=["WORDS", "ROOM", "most"])
+def list_kernel(p_union, p_before, p_keys, p_number, WORDS, ROOM, most, BW: tl.constexpr):
+    """List the keys of a tile's union, and count them; -1 where there are more than ``most``: NOTE [Unions].
 
     ``before [B, TILES, WORDS]``: how many keys stand in the words before one.
     """
     i_tile = tl.program_id(0).to(tl.int64)
     p_union += i_tile * WORDS
     p_before += i_tile * WORDS
-    p_keys += i_tile * MOST
+    p_keys += i_tile * ROOM
     i_bit = tl.arange(0, 32)[None, :]
     number = 0
     for first in range(0, WORDS, BW):
@@ -91,9 +91,9 @@ def list_kernel(p_union, p_before, p_keys, p_number, WORDS, MOST, BW: tl.constex
         b_before = number + tl.cumsum(b_count, 0) - b_count
         tl.store(p_before + i_word, b_before, mask=i_word < WORDS)
         i_place = b_before[:, None] + tl.cumsum(b_bit, 1) - b_bit
-        tl.store(p_keys + i_place, i_word[:, None] * 32 + i_bit, mask=(b_bit != 0) & (i_place < MOST))
+        tl.store(p_keys + i_place, i_word[:, None] * 32 + i_bit, mask=(b_bit != 0) & (i_place < most))
         number += tl.sum(b_count, 0)
-    tl.store(p_number + i_tile, tl.where(number <= MOST, number, -1))
+    tl.store(p_number + i_tile, tl.where(number <= most, number, -1))
 
 
 @triton.jit
@@ -158,21 +158,21 @@ def is_selected(p_words, i_key, BN: tl.constexpr):
 
 
 @triton.jit
-def tile_union(p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, MOST):
+def tile_union(p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, ROOM):
     """Return pointers ``[BM, 1]`` to the words of a tile's rows, how many keys its union has, and a pointer to these.
 
     Behind the last key no bit is set; its row stands for those that are not there.
     """
     i_list = i_batch * TILES + i_tile
     p_words = (p_bits + (i_batch * PADDED + i_query) * CHOSEN)[:, None]
-    p_keys += i_list * MOST
+    p_keys += i_list * ROOM
     number = tl.load(p_number + i_list)
     return p_words, number, p_keys, tl.load(p_keys + number - 1, mask=number > 0, other=0)
 
 
-@triton.jit(do_not_specialize=["T", "PADDED", "CHOSEN", "TILES", "MOST"])
+@triton.jit(do_not_specialize=["T", "PADDED", "CHOSEN", "TILES", "ROOM"])
 def masked_kernel(
-    p_q, p_k, p_v, p_bits, p_number, p_keys, p_o, p_lse, scale, T, PADDED, CHOSEN, TILES, MOST,
+    p_q, p_k, p_v, p_bits, p_number, p_keys, p_o, p_lse, scale, T, PADDED, CHOSEN, TILES, ROOM,
     q_batch, q_token, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -184,7 +184,7 @@ def masked_kernel(
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
     p_words, number, p_keys, last_key = tile_union(
-        p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, MOST
+        p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, ROOM
     )
     p_rows = (p_q + i_batch * q_batch + i_query.to(tl.int64) * q_token + i_head * q_head)[:, None]
     b_q = load_piece(p_rows, m_row, 0, BD, D, True)
@@ -223,15 +223,15 @@ class Unions(NamedTuple):
     """A selection as the kernels read it: NOTE [Unions]."""
 
     bits: Tensor
-    """int32 ``[B, PADDED, MOST / 32]``, whole tiles of queries: which keys of its tile's union a query has selected."""
+    """int32 ``[B, PADDED, ROOM / 32]``, whole tiles of queries: which keys of its tile's union a query has selected."""
     number: Tensor
     """int32 ``[B, TILES]``: how many keys a tile's union has, -1 where the tile is left to the gather form."""
     keys: Tensor
-    """int32 ``[B, TILES, MOST]``: these keys, ascending, and behind them nothing that counts."""
+    """int32 ``[B, TILES, ROOM]``: these keys, ascending, and behind them nothing that counts."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """PADDED, CHOSEN, TILES and MOST."""
+        """PADDED, CHOSEN, TILES and ROOM."""
         return (*self.bits.shape[1:], *self.keys.shape[1:])  # type: ignore[return-value]
 
 
@@ -271,28 +271,31 @@ def tiles_of_keys(
 
 
 @on_its_device
-def launch_unions(indices: Tensor, num_keys: int, group: int, most: int) -> Unions:
+def launch_unions(indices: Tensor, num_keys: int, group: int, most: int, room: int) -> Unions:
     """Unite the selections ``indices [B, T, J]`` of the queries of every tile.
 
     Args:
         indices: argument of `sparse_attention`.
         num_keys: S.
         group: heads on a key head, which decide on the queries of a tile.
-        most: keys that a union may have; a multiple of BLOCK.
+        most: keys that a union may have.
+        room: a multiple of BLOCK, not less than ``most``, for which there is room.
     """
     B, T, J = indices.shape
     tile, indices = queries_of_tile(group), indices.contiguous()
     tiles, words = (T + tile - 1) // tile, (num_keys + 31) // 32
     union = indices.new_zeros((B, tiles, words), dtype=torch.int32)
     before = indices.new_empty((B, tiles, words), dtype=torch.int32)
-    keys = indices.new_empty((B, tiles, most), dtype=torch.int32)
+    keys = indices.new_empty((B, tiles, room), dtype=torch.int32)
     number = indices.new_empty((B, tiles), dtype=torch.int32)
-    bits = indices.new_zeros((B, tiles * tile, most // 32), dtype=torch.int32)
+    bits = indices.new_zeros((B, tiles * tile, room // 32), dtype=torch.int32)
     sizes, constants = (J, num_keys, T), {"TILE": tile, "SLOTS": SLOT_TILE, "num_warps": 4}
     launchable(mark_kernel, indices)[(B * T,)](indices, union, *sizes, tiles, words, **constants)
-    launchable(list_kernel, indices)[(B * tiles,)](union, before, keys, number, words, most, BW=WORD_TILE, num_warps=4)
+    launchable(list_kernel, indices)[(B * tiles,)](
+        union, before, keys, number, words, room, most, BW=WORD_TILE, num_warps=4
+    )
     launchable(pack_kernel, indices)[(B * T,)](
-        indices, union, before, number, bits, *sizes, tiles * tile, tiles, words, most // 32, **constants
+        indices, union, before, number, bits, *sizes, tiles * tile, tiles, words, room // 32, **constants
     )
     return Unions(bits, number, keys)
 

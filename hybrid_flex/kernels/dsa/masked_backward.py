@@ -24,10 +24,10 @@ from .gather_backward import add_rows
 from .masked import Unions, constants_of, is_selected, tile_rows, tile_union, tiles_of_keys
 
 
-@triton.jit(do_not_specialize=["T", "S", "PADDED", "CHOSEN", "TILES", "MOST"])
+@triton.jit(do_not_specialize=["T", "S", "PADDED", "CHOSEN", "TILES", "ROOM"])
 def masked_backward_kernel(
     p_q, p_k, p_v, p_bits, p_number, p_keys, p_o, p_lse, p_do, p_dlse, p_dq, p_dk, p_dv, scale,
-    T, S, PADDED, CHOSEN, TILES, MOST,
+    T, S, PADDED, CHOSEN, TILES, ROOM,
     q_batch, q_token, q_head, do_batch, do_token, do_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -41,7 +41,7 @@ def masked_backward_kernel(
     p_dk += (i_batch * S * HKV + i_kv) * D
     p_dv += (i_batch * S * HKV + i_kv) * V
     p_words, number, p_keys, last_key = tile_union(
-        p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, MOST
+        p_bits, p_number, p_keys, i_batch, i_tile, i_query, PADDED, CHOSEN, TILES, ROOM
     )
     i_token = i_query.to(tl.int64)
     i_out = ((i_batch * T + i_token) * H + i_head)[:, None]

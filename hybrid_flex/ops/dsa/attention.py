@@ -202,13 +202,19 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_served(q.shape[2] // k.shape[2], int(q.shape[3]), int(v.shape[3]), q.element_size())
 
 
-def most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> int:
-    """Return how many keys a tile of the masked form may multiply: NOTE [Masked or gathered]; a graph's may be open."""
-    S, J, group = k.shape[1], indices.shape[2], q.shape[2] // k.shape[2]
-    most = torch.sym_min(S, J * 2 * worth // (2 * group + 1))
-    # Where a query in the middle, if the last one sees everything, sees no more than that, all tiles may be masked.
-    everything = torch.sym_min(1, torch.sym_max(most - (S - q.shape[1] // 2) + 1, 0))
-    return most + everything * (S - most)  # type: ignore[no-any-return]
+def most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[int, int]:
+    """Return how many keys a tile of the masked form may multiply, and an upper bound of it: NOTE [Masked or gathered].
+
+    Of a graph both may be open; then the bound is the plainer number.
+    """
+    S, group = k.shape[1], q.shape[2] // k.shape[2]
+    worth = indices.shape[2] * 2 * worth // (2 * group + 1)
+    # All tiles may be masked where a query in the middle, if the last one sees everything, sees no more than that.
+    seen = torch.sym_max(S - q.shape[1] // 2, S - worth)
+    everything = torch.sym_min(1, torch.sym_max(worth - seen + 1, 0))
+    most = torch.sym_min(S, worth)
+    most += everything * (S - most)
+    return most, most if isinstance(most, int) else torch.sym_min(S, 2 * worth)
 
 
 def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -30,8 +30,8 @@ def _unions(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[Any, Any
     from hybrid_flex.kernels.dsa.masked import BLOCK, launch_unions, queries_of_tile
 
     group, S = q.shape[2] // k.shape[2], k.shape[1]
-    most = most_shared(q, k, indices, worth)
-    unions = launch_unions(indices, S, group, (most + BLOCK - 1) // BLOCK * BLOCK)
+    most, bound = most_shared(q, k, indices, worth)
+    unions = launch_unions(indices, S, group, most, (bound + BLOCK - 1) // BLOCK * BLOCK)
     # No union has more keys than there are.
     return unions, Done(unions.number, queries_of_tile(group), torch.sym_min(1, torch.sym_max(S - most, 0)))
 
