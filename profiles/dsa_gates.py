@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from harness import relative_error
 from torch import Tensor
 
 # NOTE [Bounds]: "order" is by how much a key that was left out beats one that was selected, in units of the row's
@@ -29,12 +30,6 @@ def sampled(num_queries: int, num_samples: int = NUM_SAMPLES) -> list[int]:
     """Spread queries over a sequence; the last one is always among them, the first one rarely matters."""
     num_samples = min(num_samples, num_queries)
     return sorted({(i + 1) * num_queries // num_samples - 1 for i in range(num_samples)})
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    """Return ``||found - exact|| / ||exact||``; where both are zero, zero."""
-    difference = float((found.double() - exact).norm())
-    return difference / max(float(exact.norm()), 1e-300) if difference else 0.0
 
 
 def worst(values: list[float]) -> float:
@@ -213,7 +208,7 @@ def judge_attention(
             if name == "lse":
                 errors[name] = worst([float((own - value).abs().max())])
             else:
-                errors[name] = worst([relative(own[i], value[i]) for i in range(len(queries))])
+                errors[name] = worst([relative_error(own[i], value[i]) for i in range(len(queries))])
     return errors
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from dsa_gates import Errors, exact_attention, relative, sampled, worst, wrong_rows
+from dsa_gates import Errors, exact_attention, sampled, worst, wrong_rows
 from dsa_rows import DENSE_LAYER, OURS, LayerRow, shape_of
 from dsa_work import Call, Contender, Tensors, Work, causal_indices
+from harness import relative_error
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -174,7 +175,7 @@ class LayerWork(Work):
                 k, v = (tensor.unflatten(-1, (-1, layer.head_dim)) for tensor in (keys, values))
                 o = exact_attention(q, k, v, chosen, scale)[0]
             exact = linear(o.flatten(1), layer.o_proj.weight)
-            return worst([relative(y[0, t], exact[i]) for i, t in enumerate(queries)])
+            return worst([relative_error(y[0, t], exact[i]) for i, t in enumerate(queries)])
 
     def judge_gradients(self) -> Errors:
         """Compare the gradients of a sequence so short that everything is selected with the dense layer in float64."""
@@ -184,7 +185,7 @@ class LayerWork(Work):
         found = gradients(self.layer, self.layer(own_x)[0], own_x, dy)
         layer = copy.deepcopy(self.layer).double()
         exact = gradients(layer, dense_layer(layer, exact_x), exact_x, dy.double())
-        errors = {name: relative(found[name], exact[name]) for name in exact}
+        errors = {name: relative_error(found[name], exact[name]) for name in exact}
         return {"dx": errors.pop("dx"), "d_weights": worst(list(errors.values()))}
 
 

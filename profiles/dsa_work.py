@@ -15,11 +15,11 @@ from dsa_gates import (
     judge_attention,
     judge_exactly,
     judge_selection,
-    relative,
     sampled,
     worst,
 )
 from dsa_rows import DENSE_DECODE, EAGER, OURS, AttendRow, DecodeRow, LossRow, Row, SelectRow, shape_of
+from harness import relative_error
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -238,7 +238,7 @@ class AttendWork(Work):
         if row.latent:
             exact[1][..., : row.Dv] += exact.pop()
         names = ("dq", "dk", "dv")
-        return {name: relative(own, value) for name, own, value in zip(names, found, exact, strict=False)}
+        return {name: relative_error(own, value) for name, own, value in zip(names, found, exact, strict=False)}
 
 
 class LossWork(Work):
@@ -268,15 +268,15 @@ class LossWork(Work):
             # A token's gradient depends on that token alone, so a few of them are exact at full length.
             queries = sampled(row.T, 16)
             _, exact = self.exact(self.x, queries)
-            errors = {name: relative(found[name][0, queries], exact[name] / row.T) for name in ("dq_idx", "dw")}
+            errors = {name: relative_error(found[name][0, queries], exact[name] / row.T) for name in ("dq_idx", "dw")}
             T = min(row.T, 384)
             x = self.draw(row, T, min(row.topk, T // 2))
             total, exact = self.exact(x, list(range(T)))
             small = self.run(x)
-            errors |= {"loss": relative(small["loss"], total / T)}
-            errors |= {"dk_idx": relative(small["dk_idx"][0], exact["dk_idx"] / T)}
+            errors |= {"loss": relative_error(small["loss"], total / T)}
+            errors |= {"dk_idx": relative_error(small["dk_idx"][0], exact["dk_idx"] / T)}
             for name in ("dq_idx", "dw"):
-                errors[name] = worst([errors[name], relative(small[name][0], exact[name] / T)])
+                errors[name] = worst([errors[name], relative_error(small[name][0], exact[name] / T)])
             return errors
 
         return {OURS: Contender(lambda: lambda: self.run(self.x), judge, "ours")}

@@ -36,6 +36,7 @@ from harness import (
     Plan,
     arguments_without_out,
     progress,
+    relative_error,
     report_stem,
     spread,
     table,
@@ -179,10 +180,6 @@ class Forms:
             return function(token, states)[0]
 
         return decode
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def measure(

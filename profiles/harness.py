@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
@@ -165,6 +166,13 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "capability": ".".join(map(str, (properties.major, properties.minor))),
         "cuda": torch.version.cuda,
     }
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Return ``||found - exact|| / ||exact||``, computed in float64; where both are zero, zero."""
+    exact = exact.double()
+    difference = float((found.double() - exact).norm())
+    return difference / max(float(exact.norm()), 1e-300) if difference else 0.0
 
 
 def describe_error(error: Exception) -> str:

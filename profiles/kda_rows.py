@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from harness import relative_error
 from torch import Tensor
 
 from hybrid_flex.ops import chunk_kda, kda_reference
@@ -225,7 +226,7 @@ def check_reference(device: torch.device) -> float:
 
         expected = run(recurrence, row, x)
         for name, tensor in run(chunk_kda, row, x).items():
-            worst = max(worst, float((tensor - expected[name]).norm() / expected[name].norm()))
+            worst = max(worst, relative_error(tensor, expected[name]))
     if not worst < 1e-10:
         raise RuntimeError(f"chunk_kda in float64 must agree with kda_reference to 1e-10, got {worst:.1e}")
     return worst

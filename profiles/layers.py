@@ -34,6 +34,7 @@ from harness import (
     arguments_without_out,
     describe_error,
     free_memory,
+    relative_error,
     report_stem,
     spread,
     table,
@@ -131,7 +132,7 @@ def errors_of(layer: nn.Module, call: Callable[..., Any], x: Tensor, dy: Tensor 
     exact = run(copy.deepcopy(layer).double(), x.double(), None if dy is None else dy.double(), **options)
     found = run(call, x, dy)
     layer.zero_grad(set_to_none=True)
-    return {name: float((found[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact}
+    return {name: relative_error(found[name], exact[name]) for name in exact}
 
 
 def measure(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from harness import relative_error
 from torch import Tensor, nn
 
 import hybrid_flex
@@ -204,10 +205,6 @@ CONTESTS = {
 
 class WrongResultError(RuntimeError):
     """A contender does not compute what the peer computes."""
-
-
-def relative_error(result: Tensor, want: Tensor) -> float:
-    return float((result.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
 def gradients(contest: Contest, contender: str, inputs: Inputs) -> dict[str, Tensor]:
