@@ -125,8 +125,7 @@ def pack_kernel(
         b_word = tl.load(p_union + (b_slot >> 5), mask=m_slot, other=0)
         b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
         b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(tl.where(m_slot, b_below, 0))
-        # A selection names a key once, so that the sum of its bits is their union.
-        tl.atomic_add(p_bits + (b_place >> 5), m_slot.to(tl.int32) << (b_place & 31), mask=m_slot, sem="relaxed")
+        tl.atomic_or(p_bits + (b_place >> 5), m_slot.to(tl.int32) << (b_place & 31), mask=m_slot, sem="relaxed")
 
 
 @triton.jit
