@@ -284,6 +284,7 @@ def test_on_cuda_prefill_takes_the_form_of_its_longest_prompt(
     max_length: int, form: str, as_on_cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 16)
+    monkeypatch.setattr(attention, "FEWEST_ROWS", 0)
     monkeypatch.setattr(attention, "UNION_BYTES", 400 * 400 // 512)
     model = language_model("S").to(torch.bfloat16)
     prefill = packages._carrying_kernels(export_prefill(model, max_length=max_length))

@@ -45,12 +45,14 @@ from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_contex
 from hybrid_flex.ops.dsa.reference import reference_attention
 
 # NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that gain (32 on 2 take 7.4 and not
-# 8.7 ms forward at T 32768 where neighbours agree by 0.9, 9.2 and not 8.9 where they do not); fewest queries, below
-# which launching costs more; most bytes of a batch entry's unions.
+# 8.7 ms forward at T 32768 where neighbours agree by 0.9, 9.2 and not 8.9 where they do not); fewest queries, and rows
+# that they would gather (half a millisecond), below which five launches cost more (8192 queries, 12 heads and 256 keys
+# of 64 columns 0.9 instead of 1.3 ms, 2048, 2 and 64 0.4 instead of 0.2); most bytes of a batch entry's unions.
 FORWARD = 42
 TRAINING = 72
 MOST_GROUPED = 16
 FEWEST_QUERIES = 2048
+FEWEST_ROWS = 2**23
 UNION_BYTES = 512 * 2**20
 
 
@@ -217,7 +219,7 @@ def most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[int,
     return most, most if isinstance(most, int) else torch.sym_min(S, 2 * worth)
 
 
-def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
     """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
 
     An exported program has one graph for all lengths, and takes the form that is faster for the longest.
@@ -230,7 +232,8 @@ def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
     from hybrid_flex.kernels.dsa.masked import queries_of_tile
 
     most = 4 * UNION_BYTES * queries_of_tile(group)
-    return bool(T >= FEWEST_QUERIES and most >= T * S)
+    rows = T * k.shape[2] * indices.shape[2]
+    return bool(T >= FEWEST_QUERIES and rows >= FEWEST_ROWS and most >= T * S)
 
 
 def sparse_attention(
@@ -313,7 +316,7 @@ def sparse_attention(
     if backend == "masked" and not _is_in_masked_kernels(q, k, values):
         rule = 'be on CUDA, of 16 bits, with D and Dv up to 128 and H / Hkv up to 128 for backend="masked"'
         check(False, op, "q", rule, f"{q.device}, {q.dtype}, {tuple(q.shape)}, {tuple(values.shape)}")
-    if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values)):
+    if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values, indices)):
         return torch.ops.hybrid_flex.sparse_attention_masked(q, k, values, indices, scale)
     if not is_in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)

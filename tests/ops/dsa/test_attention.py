@@ -299,39 +299,44 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "T, H, Hkv, masked",
+    "T, H, Hkv, J, masked",
     [
-        (2047, 32, 8, False),
-        (2048, 32, 8, True),
-        (131072, 32, 8, True),
-        (2**18, 32, 8, True),
-        (2**18 + 1, 32, 8, False),  # 16 bytes a query and 1024 keys
-        (2**18, 32, 4, False),  # 16 queries a tile
-        (4096, 16, 1, True),
-        (4096, 17, 1, False),
+        (2047, 32, 8, 2048, False),
+        (2048, 32, 8, 2048, True),
+        (131072, 32, 8, 2048, True),
+        (2**18, 32, 8, 2048, True),
+        (2**18 + 1, 32, 8, 2048, False),  # 16 bytes a query and 1024 keys
+        (2**18, 32, 4, 2048, False),  # 16 queries a tile
+        (4096, 16, 1, 2048, True),
+        (4096, 17, 1, 2048, False),
+        (4096, 8, 8, 256, True),
+        (4096, 8, 4, 256, False),  # 2^22 rows
     ],
 )
 def test_auto_takes_the_form_that_was_measured_to_be_faster(
-    T: int, H: int, Hkv: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+    T: int, H: int, Hkv: int, J: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "has_kernels", lambda x: True)
     q, k = (torch.empty(1, T, heads, 128, device="meta", dtype=torch.bfloat16) for heads in (H, Hkv))
-    assert attention._is_masked_faster(q, k, k) == masked
-    assert not attention._is_masked_faster(q.float(), k.float(), k.float())
+    indices = torch.empty(1, T, J, device="meta", dtype=torch.int32)
+    assert attention._is_masked_faster(q, k, k, indices) == masked
+    assert not attention._is_masked_faster(q.float(), k.float(), k.float(), indices)
 
 
 def test_auto_asks_the_same_while_compiling(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
     monkeypatch.setattr(attention, "has_kernels", lambda x: True)
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+    monkeypatch.setattr(attention, "FEWEST_ROWS", 0)
     monkeypatch.setattr(attention, "UNION_BYTES", 320 * 320 // 128)
 
-    def chosen(q: Tensor, k: Tensor) -> Tensor:
-        return q.sum() + (1 if attention._is_masked_faster(q, k, k) else 0)
+    def chosen(q: Tensor, k: Tensor, indices: Tensor) -> Tensor:
+        return q.sum() + (1 if attention._is_masked_faster(q, k, k, indices) else 0)
 
     compiled = torch.compile(chosen, fullgraph=True, backend="eager")
     for T, masked in ((250, 0), (300, 1), (400, 0)):
         q, k = (torch.zeros(1, T, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
-        assert compiled(q, k) == chosen(q, k) == masked
+        indices = torch.zeros(1, T, 10, dtype=torch.int32)
+        assert compiled(q, k, indices) == chosen(q, k, indices) == masked
 
 
 def test_a_tile_shares_no_more_keys_than_gathering_is_worth() -> None:

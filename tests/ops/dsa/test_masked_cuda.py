@@ -120,6 +120,7 @@ def test_opcheck(selection: Callable[..., Tensor]) -> None:
 def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
     """Lengths on both sides of the bounds, eager and as graphs; the selection decides which tiles it leaves."""
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
+    monkeypatch.setattr(attention, "FEWEST_ROWS", 0)
     monkeypatch.setattr(attention, "UNION_BYTES", 500 * 500 // 128)
     called: list[str] = []
 

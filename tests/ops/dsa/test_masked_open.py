@@ -70,6 +70,7 @@ def test_a_program_takes_the_form_of_its_longest_sequences(
     most: int | None, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 16)
+    monkeypatch.setattr(attention, "FEWEST_ROWS", 0)
     monkeypatch.setattr(attention, "UNION_BYTES", 165 * 165 // 128)
     with lengths_up_to(most):
         program = exported("auto", most)
