@@ -62,10 +62,11 @@ def attend_row(bench: SimpleNamespace, **sizes: Any) -> Any:
 def test_a_row_of_every_kind_runs_and_is_reported(tmp_path: Path) -> None:
     rows = "select_t8192*,select_packed*,attend_?wd_*_h64_d576*,dense_fwd_t32768*,block_flex_fwd*,density_t8192*"
     rows += ",loss_sparse_t8192*,loss_given_t8192*,decode_glm_s8192*,layer_glm_train_t8192"
+    rows += ",layer_gqa_train_t8192_agree90,forms_fwd_t8192*agree90"
     done = profile("--rows", rows, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     report = read(tmp_path)
-    assert len(report["rows"]) == 12 and report["left_out"] == []
+    assert len(report["rows"]) == 14 and report["left_out"] == []
     for row in report["rows"]:
         for name, own in row["contenders"].items():
             assert own.get("passed") and own["median_ms"] > 0, (row["name"], name, own)
@@ -281,3 +282,20 @@ def test_budget_leaves_rows_out_and_says_so(
     bench.dsa.main()
     text = "Left out (the budget of 0 s was used): density_t8192_k2048, density_t32768_k2048."
     assert text in capsys.readouterr().out
+
+
+def test_a_layer_attends_to_the_selection_it_is_given(bench: SimpleNamespace) -> None:
+    """It has made one of its own before, of the same shape."""
+    row = bench.dsa_rows.LayerRow(name="tiny", shape="gqa", T=300, small=True, agreement=0.9)
+    work = bench.dsa.Inputs(CPU, 0).of(row)
+    given = work.layer.attend(work.x["x"])[2]
+    del work.layer.indexer.select
+    own = work.layer.attend(work.x["x"])[2]
+    assert given.shape == own.shape == (1, 300, 16)
+
+    def shared(indices: torch.Tensor) -> float:
+        """Return the share of a query's keys that the query before it selects as well."""
+        rows = [set(row) for row in indices[0, 200:].tolist()]
+        return sum(len(a & b) for a, b in zip(rows, rows[1:], strict=False)) / (16 * (len(rows) - 1))
+
+    assert shared(given) > 0.5 > shared(own)
