@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -296,6 +297,6 @@ def test_a_layer_attends_to_the_selection_it_is_given(bench: SimpleNamespace) ->
     def shared(indices: torch.Tensor) -> float:
         """Return the share of a query's keys that the query before it selects as well."""
         rows = [set(row) for row in indices[0, 200:].tolist()]
-        return sum(len(a & b) for a, b in zip(rows, rows[1:], strict=False)) / (16 * (len(rows) - 1))
+        return sum(len(a & b) for a, b in itertools.pairwise(rows)) / (16 * (len(rows) - 1))
 
     assert shared(given) > 0.5 > shared(own)
