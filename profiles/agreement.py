@@ -17,16 +17,16 @@ The table goes to profiles/results/agreement_<device>_<yyyymmdd>.md, everything 
 from __future__ import annotations
 
 import argparse
-import datetime
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, arguments_without_out, progress, report_stem, table, versions, write_report
-from machine import describe, describe_machine
+from harness import RESULTS, progress, report_stem, table, write_report
+from machine import facts_of_run, heading
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,8 +38,8 @@ TILES = (8, 32, 128)
 BLOCK_QUERIES, BLOCK_KEYS = 32, 128
 
 
-def selections(model: HybridLanguageModel, ids: Tensor) -> dict[str, Tensor]:
-    """Run the model on ``ids [1, T]``; what every indexer selects, int32 ``[T, J]``, -1 in unused slots."""
+def selections(model: HybridLanguageModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the model on ``ids [1, T]``; its logits, and what each indexer selects, int32 ``[T, J]``, -1 where unused."""
     found: dict[str, Tensor] = {}
 
     def listen(name: str, indexer: LightningIndexer) -> None:
@@ -57,11 +57,11 @@ def selections(model: HybridLanguageModel, ids: Tensor) -> dict[str, Tensor]:
         listen(name, indexer)
     try:
         with torch.no_grad():
-            model(ids)
+            logits = model(ids)[0]
     finally:
         for indexer in indexers.values():
             del indexer.select
-    return found
+    return logits, found
 
 
 def agreement(indices: Tensor, topk: int) -> dict[str, float]:
@@ -74,20 +74,15 @@ def agreement(indices: Tensor, topk: int) -> dict[str, float]:
         raise SystemExit(f"--length {T} is too short: {first + most} tokens are the least with topk = {topk}")
     before = members(indices[first - 1 : first], T)
     for start in tiles:
-        here = members(indices[start : start + most], T)
+        slots = indices[start : start + most]
+        here = members(slots, T)
         seen = torch.arange(start + 1, start + most + 1, device=indices.device, dtype=torch.float64)
         shared = (here & torch.cat((before, here[:-1]))).sum(1) / here.sum(1)
         before = here[-1:]
-        recent = (
-            indices[start : start + most] > torch.arange(start, start + most, device=indices.device)[:, None] - topk
-        )
-        used = (indices[start : start + most] >= 0).sum(1)
-        values = {
-            "shared": shared.mean(),
-            "shared if independent": (topk / seen).mean(),
-            "recent": ((recent & (indices[start : start + most] >= 0)).sum(1) / used).mean(),
-            "recent if independent": (topk / seen).mean(),
-        }
+        # All of these queries see more than topk keys, so that no unused slot, -1, is among the last ones.
+        recent = slots > torch.arange(start, start + most, device=indices.device)[:, None] - topk
+        values = {"shared": shared.mean(), "recent": (recent.sum(1) / here.sum(1)).mean()}
+        values |= dict.fromkeys(("shared if independent", "recent if independent"), (topk / seen).mean())
         for n in TILES:
             union = here.unflatten(0, (-1, n)).any(1).sum(1)
             values[f"union {n}"] = union.double().mean() / topk
@@ -137,11 +132,7 @@ def markdown(result: dict[str, Any]) -> str:
     rows = [cells(name, values, "") for name, values in result["layers"].items()]
     rows.append(cells("independent", next(iter(result["layers"].values())), " if independent"))
     lines = [
-        "# How far neighbouring queries select alike",
-        "",
-        describe(result["machine"], result["versions"], result["date"]),
-        f"Made by `{result['command']}`.",
-        "",
+        *heading("How far neighbouring queries select alike", result),
         f"A model of {result['parameters']:,} parameters, pattern {result['pattern']}, top-{result['topk']}, "
         f"{result['bits_per_byte']:.3f} bits per byte on the {result['texts']} sequences of {result['length']} bytes "
         "that it reads here.",
@@ -165,6 +156,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    begin, facts = time.perf_counter(), facts_of_run("agreement.py", torch.device(options.device))
     folders = [options.model] if options.model else sorted(Path("runs/train_text").glob("checkpoint-*"))
     if not folders:
         raise SystemExit(
@@ -181,18 +173,15 @@ def main() -> None:
     for i in tqdm(range(options.texts), file=sys.stderr):
         ids = torch.frombuffer(bytearray(text[i * step : i * step + options.length + 1]), dtype=torch.uint8)
         ids = ids.to(options.device, torch.int64)[None]
-        with torch.no_grad():
-            logits = model(ids[:, :-1])[0]
+        logits, found = selections(model, ids[:, :-1])
         loss += torch.nn.functional.cross_entropy(logits[0].float(), ids[0, 1:]).item() / math.log(2) / options.texts
-        for name, indices in selections(model, ids[:, :-1]).items():
+        for name, indices in found.items():
             own = layers.setdefault(name.removesuffix(".indexer"), {})
             for key, value in agreement(indices, model.config.topk).items():
                 own[key] = own.get(key, 0.0) + value / options.texts
     result = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/agreement.py", *arguments_without_out()]),
-        "machine": describe_machine(torch.device(options.device)),
-        "versions": versions(),
+        **facts,
+        "seconds": time.perf_counter() - begin,
         "parameters": sum(p.numel() for p in model.parameters()),
         "pattern": model.config.letters,
         "topk": model.config.topk,

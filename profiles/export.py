@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import sys
 import tempfile
 import time
@@ -34,17 +33,15 @@ from harness import (
     RESULTS,
     Clock,
     Plan,
-    arguments_without_out,
     progress,
     relative_error,
     report_stem,
     spread,
     table,
     take_turns,
-    versions,
     write_report,
 )
-from machine import describe, describe_machine
+from machine import facts_of_run, heading
 from model_options import add_model_options, make_model
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -222,11 +219,7 @@ MADE = {"made": "---", "exporting, s": "---:", "all, s": "---:", "MB": "---:", "
 def markdown(result: dict[str, Any]) -> str:
     """Write the results as a Markdown document."""
     lines = [
-        "# One model in every form that it can be run in",
-        "",
-        describe(result["machine"], result["versions"], result["date"]),
-        f"Made by `{result['command']}` in {result['seconds']:.0f} s.",
-        "",
+        *heading("One model in every form that it can be run in", result),
         ", ".join(f"{key} {value}" for key, value in result["model"].items()) + ".",
         "Median (20th to 80th percentile) of calls that take turns. Error: relative L2 of the logits, against "
         "eager, in float32 where the model is in 16 bits.",
@@ -284,10 +277,7 @@ def main() -> None:
     model, shape = make_model(options)
     model = model.eval().requires_grad_(False)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/export.py", *arguments_without_out()]),
-        "machine": describe_machine(model.embedding.weight.device),
-        "versions": versions(),
+        **facts_of_run("export.py", model.embedding.weight.device),
         "model": shape,
     }
     with tqdm(total=len(options.steps) * (len(options.forms) + 1), file=sys.stderr) as bar:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import statistics
 import sys
 import time
@@ -31,7 +30,6 @@ from harness import (
     RESULTS,
     Clock,
     Plan,
-    arguments_without_out,
     describe_error,
     free_memory,
     relative_error,
@@ -39,10 +37,9 @@ from harness import (
     spread,
     table,
     take_turns,
-    versions,
     write_report,
 )
-from machine import DTYPES, describe, describe_machine, peak_bytes, with_cpu_seconds
+from machine import DTYPES, facts_of_run, heading, peak_bytes, with_cpu_seconds
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -211,11 +208,7 @@ def markdown(report: dict[str, Any]) -> str:
     """Write the report as a Markdown document."""
     limits, sizes = report["roofline"], report["sizes"]
     lines = [
-        "# Layers alone",
-        "",
-        describe(report["machine"], report["versions"], report["date"]),
-        f"Made by `{report['command']}` in {report['seconds']:.0f} s.",
-        "",
+        *heading("Layers alone", report),
         ", ".join(f"{key} {value}" for key, value in sizes.items()) + f", {report['dtype']}.",
         "Time: median (20th to 80th percentile) of calls; CPU ms: median of the processor's time, without waiting for "
         "a core that another program has. `train` is a forward and its backward. FLOP of dense attention include "
@@ -257,13 +250,10 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     sizes = Sizes(options.hidden_size, options.num_heads, options.topk, options.batch_size)
     plan = Plan(min_rounds=5, min_seconds=options.seconds, max_seconds=4 * options.seconds, warm_up_rounds=1)
-    machine = describe_machine(device)
+    facts = facts_of_run("layers.py", device)
     limits = profiling.measure_roofline(device, DTYPES[dtype])
     report: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/layers.py", *arguments_without_out()]),
-        "machine": machine,
-        "versions": versions(),
+        **facts,
         "sizes": vars(sizes),
         "dtype": dtype,
         "bound": BOUNDS[dtype],
@@ -289,7 +279,7 @@ def main() -> None:
         free_memory(device)
     bar.close()
     report["seconds"] = time.perf_counter() - begin
-    stem = report_stem(options.out, "layers", machine["name"])
+    stem = report_stem(options.out, "layers", report["machine"]["name"])
     write_report(stem, report, markdown(report))
     print(markdown(report))
     print(f"written to {stem}.md and .json", file=sys.stderr)

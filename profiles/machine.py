@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import datetime
 import gc
 import os
 import platform
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import describe_device
+from harness import arguments_without_out, describe_device, versions
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +36,27 @@ def describe(machine: dict[str, Any], versions: dict[str, str], date: str) -> st
     if "threads" in machine:
         where += f", {machine['threads']} threads, load of the machine at the start {machine['load_at_start']:.1f}"
     return f"{where}; torch {versions['torch']}, commit {versions['commit']}, {date}."
+
+
+def facts_of_run(script: str, device: torch.device) -> dict[str, Any]:
+    """Collect what stands in every report: date, command, machine and versions."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", f"profiles/{script}", *arguments_without_out()]),
+        "machine": describe_machine(device),
+        "versions": versions(),
+    }
+
+
+def heading(title: str, report: dict[str, Any]) -> list[str]:
+    """Begin a report: its title, where it was made, and by what in how many seconds."""
+    return [
+        f"# {title}",
+        "",
+        describe(report["machine"], report["versions"], report["date"]),
+        f"Made by `{report['command']}` in {report['seconds']:.0f} s.",
+        "",
+    ]
 
 
 # NOTE [Peak memory]: on a GPU torch counts what it allocates.  On a CPU: freed heap is given back to the kernel

@@ -18,7 +18,6 @@ chart of the training step to the .png.  Traced times include the profiler's own
 from __future__ import annotations
 
 import argparse
-import datetime
 import statistics
 import sys
 import time
@@ -31,16 +30,14 @@ from harness import (
     RESULTS,
     Clock,
     Plan,
-    arguments_without_out,
     progress,
     report_stem,
     spread,
     table,
     take_turns,
-    versions,
     write_report,
 )
-from machine import describe, describe_machine, peak_bytes, with_cpu_seconds
+from machine import facts_of_run, heading, peak_bytes, with_cpu_seconds
 from model_options import add_model_options, make_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -141,11 +138,7 @@ HEADER |= {"GFLOP": "---:", "GFLOP/s": "---:", "peak MiB": "---:"}
 def markdown(result: dict[str, Any], reports: dict[str, profiling.Report]) -> str:
     """Write the results as a Markdown document."""
     lines = [
-        "# A hybrid language model, phase by phase",
-        "",
-        describe(result["machine"], result["versions"], result["date"]),
-        f"Made by `{result['command']}` in {result['seconds']:.0f} s.",
-        "",
+        *heading("A hybrid language model, phase by phase", result),
         ", ".join(f"{key} {value}" for key, value in result["model"].items()) + ".",
         "Without a profiler: median (20th to 80th percentile); CPU ms: median of the processor's time, without waiting "
         "for a core that another program has. Peak: what a turn holds beyond what lives before it.",
@@ -188,10 +181,7 @@ def main() -> None:
     device = model.embedding.weight.device
     plan = Plan(min_rounds=5, min_seconds=options.seconds, max_seconds=4 * options.seconds, warm_up_rounds=1)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "profiles/model.py", *arguments_without_out()]),
-        "machine": describe_machine(device),
-        "versions": versions(),
+        **facts_of_run("model.py", device),
         "model": shape,
         "phases": {},
     }

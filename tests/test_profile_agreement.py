@@ -78,6 +78,8 @@ def test_a_model_and_its_text(profile: ModuleType, monkeypatch: pytest.MonkeyPat
 
 def test_listening_leaves_the_model_as_it_was(profile: ModuleType) -> None:
     model = HybridLanguageModel(HybridConfig(vocab_size=256, hidden_size=64, pattern="S", num_heads=2, topk=16))
-    found = profile.selections(model, torch.randint(256, (1, 40)))
+    ids = torch.randint(256, (1, 40))
+    logits, found = profile.selections(model, ids)
+    assert torch.equal(logits, model(ids)[0])
     (indices,) = found.values()
     assert indices.shape == (40, 16) and "select" not in vars(model.stack.blocks[0].mixer.indexer)

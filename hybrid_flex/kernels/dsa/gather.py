@@ -262,7 +262,11 @@ class Done(NamedTuple):
     tile: int
     """Queries of a tile; 0 without tiles."""
     is_part: int = 1
-    """0 if it is known to do everything, so that nothing is launched; may be a number that a graph leaves open."""
+    """0 if it is known to do everything, so that nothing need be launched; may be a number that a graph leaves open."""
+
+    def pointer(self, x: Tensor) -> Tensor:
+        """Return the tiles, or x, which no kernel looks at, where there are none."""
+        return x if self.tiles is None else self.tiles
 
 
 NOTHING_DONE = Done(None, 0)
@@ -378,9 +382,9 @@ def launch_gather(
         o_spans = torch.empty((B * T * H, spans, width.V), dtype=torch.float32, device=q.device)
     indices = indices.contiguous()
     launchable(gather_kernel)[(B * T * programs * spans * done.is_part,)](
-        q, k, v, indices, indices if done.tiles is None else done.tiles, o_spans, lse_spans, float(scale), B * T, T, J,
-        spans, span, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans,
-        TILE=done.tile, num_stages=tiles["STAGES"],
+        q, k, v, indices, done.pointer(indices), o_spans, lse_spans, float(scale), B * T, T, J, spans, span,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans, TILE=done.tile,
+        num_stages=tiles["STAGES"],
     )  # fmt: skip
     if in_spans:
         BV = min(PIECE, next_power_of_2(width.V))

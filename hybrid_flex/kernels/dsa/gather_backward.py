@@ -374,11 +374,11 @@ def launch_gather_backward(
     group, size, limit = H // HKV, q.element_size(), device_limits(q.device)[0]
     (B, T), J, S = q.shape[:2], indices.shape[2], k.shape[1]
     strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    done_tiles = indices if done.tiles is None else done.tiles
+    p_done = done.pointer(indices)
     tiles = narrow_tiles(group, width, size, limit)
     if tiles is not None and (dv is not None or D == V):
         launchable(narrow_kernel, q)[(B * T * HKV * -(-group // tiles["BH"]),)](
-            q, k, v, indices, done_tiles, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T,
+            q, k, v, indices, p_done, o, lse, do, dlse, dq, dk, dk if dv is None else dv, float(scale), B * T, S, T,
             J, *strides, **constants, ONE_SUM=dv is None, **tiles, TILE=done.tile, num_stages=tiles["STAGES"],
         )  # fmt: skip
         return
@@ -390,7 +390,7 @@ def launch_gather_backward(
     for first in range(0, B * T, most):
         number = min(most, B * T - first)
         launchable(weights_kernel, q)[(number * HKV * -(-group // tiles["BH"]),)](
-            q, k, v, indices, done_tiles, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
+            q, k, v, indices, p_done, o, lse, do, dlse, p, e, float(scale), number, T, J, first, blocks, *strides,
             **constants, **tiles, SLOT_TILE=SLOT_TILE, TILE=done.tile, num_stages=tiles["STAGES"],
         )  # fmt: skip
         for dx, begin, end, of_keys, of_values in _sums(dk, dv, D, V):
@@ -398,7 +398,7 @@ def launch_gather_backward(
             whole = (end - begin) % cut["BC"] == 0 and (not of_values or end <= V)
             grid = (-(-(end - begin) // cut["BC"]) * number * HKV * -(-group // cut["BH"]),)
             launchable(rows_kernel, q)[grid](
-                e, p, q, do, k, indices, done_tiles, dx, dq, float(scale), S, T, J, first, number, blocks,
+                e, p, q, do, k, indices, p_done, dx, dq, float(scale), S, T, J, first, number, blocks,
                 begin // cut["BC"], *strides[:9], H=H, HKV=HKV, D=D, V=V, WIDTH=int(dx.shape[3]), WHOLE=whole,
                 KEYS=of_keys, VALUES=of_values, PRECISION=constants["PRECISION"], SLOT_TILE=SLOT_TILE, **cut,
                 TILE=done.tile, num_stages=cut["STAGES"],

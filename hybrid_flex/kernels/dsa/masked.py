@@ -16,7 +16,7 @@ a tile whose union is longer than `most` keys is left to the gather form, which 
 then nobody knows how a selection turns out; both forms are launched and each does its tiles.
 
 # NOTE [Words]
-The mask is one bit for each pair of a query and a key of its union, ``bits [B, T, most / 32]``.  A row of a tile reads
+The mask is one bit for each pair of a query and a key of its union, ``bits [B, T, ROOM / 32]``.  A row of a tile reads
 one word for 32 keys and tests its bits in registers; FlexAttention's mask_mod loads a byte for every element of a tile,
 which takes longer than the products (H100, T 8192, 32 heads of 128 on 8: 7 ms, where dense attention takes 0.9).
 
@@ -50,7 +50,7 @@ Tiles = dict[str, int]
 ROWS = 128
 """Rows of a tile: queries times the heads that share a key head, which are padded to a power of two."""
 BLOCK = 128
-"""Unions have room for a multiple of it: the largest tile of keys, four words."""
+"""Unions have room for a multiple of so many keys: whole tiles, and whole words of bits."""
 WIDEST = 128
 """Columns of keys and of values that the kernels hold."""
 SLOT_TILE = 512
@@ -64,9 +64,10 @@ def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLO
     p_slots += i_query * J
     p_union += (i_query // T * TILES + i_query % T // TILE) * WORDS
     for j in range(0, J, SLOTS):
+        i_slot = j + tl.arange(0, SLOTS)
         # Loaded here and in no function of its own: of what a function returns torch takes all arguments for written
         # where an address is computed of it, and copies the slots in every graph (torch 2.11 then fails: open strides).
-        b_slot = tl.load(p_slots + j + tl.arange(0, SLOTS), mask=j + tl.arange(0, SLOTS) < J, other=-1).to(tl.int32)
+        b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
         m_slot = (b_slot >= 0) & (b_slot < S)
         tl.atomic_or(p_union + (b_slot >> 5), m_slot.to(tl.int32) << (b_slot & 31), mask=m_slot, sem="relaxed")
 
@@ -120,11 +121,12 @@ def pack_kernel(
     p_bits += (i_query // T * PADDED + i_query % T) * CHOSEN
     number = tl.load(p_number + i_tile)
     for j in range(0, tl.where(number > 0, J, 0), SLOTS):
-        b_slot = tl.load(p_slots + j + tl.arange(0, SLOTS), mask=j + tl.arange(0, SLOTS) < J, other=-1).to(tl.int32)
+        i_slot = j + tl.arange(0, SLOTS)
+        b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
         m_slot = (b_slot >= 0) & (b_slot < S)
         b_word = tl.load(p_union + (b_slot >> 5), mask=m_slot, other=0)
         b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
-        b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(tl.where(m_slot, b_below, 0))
+        b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(b_below)
         tl.atomic_or(p_bits + (b_place >> 5), m_slot.to(tl.int32) << (b_place & 31), mask=m_slot, sem="relaxed")
 
 
@@ -145,11 +147,9 @@ def tile_rows(i_program, TILES, H: tl.constexpr, HKV: tl.constexpr, BG: tl.const
 
 
 @triton.jit
-def is_selected(p_words, i_key, BN: tl.constexpr):
-    """Test the bits of BN keys, whose words begin at ``p_words``, one pointer a row: NOTE [Words].
-
-    ``i_key`` counts the keys of the tile, along the other dimension than the rows; both have two dimensions.
-    """
+def is_selected(p_words, BN: tl.constexpr):
+    """Test the bits of BN keys, whose words begin at ``p_words [BM, 1]``: NOTE [Words]."""
+    i_key = tl.arange(0, BN)[None, :]
     b_word = tl.load(p_words)
     for n in tl.static_range(1, BN // 32):
         b_word = tl.where(i_key < 32 * n, b_word, tl.load(p_words + n))
@@ -188,7 +188,6 @@ def masked_kernel(
     p_rows = (p_q + i_batch * q_batch + i_query.to(tl.int64) * q_token + i_head * q_head)[:, None]
     b_q = load_piece(p_rows, m_row, 0, BD, D, True)
     factor = tl.cast(scale, tl.float32) * LOG2_E
-    i_column = tl.arange(0, BN)
 
     b_m = tl.full([BM], LOWEST, tl.float32)
     b_L = tl.zeros([BM], tl.float32)
@@ -199,7 +198,7 @@ def masked_kernel(
         b_next = load_slots(p_keys, j + BN, number, BN)
         b_k = load_piece(row_pointers(p_k, b_key, last_key, k_row), None, 0, BD, D, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        m_s = is_selected(p_words + j // 32, i_column[None, :], BN)
+        m_s = is_selected(p_words + j // 32, BN)
         b_s = tl.where(m_s, b_s * factor, float("-inf"))
         b_largest = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_largest[:, None])
@@ -270,7 +269,7 @@ def tiles_of_keys(
 
 
 @on_its_device
-def launch_unions(indices: Tensor, num_keys: int, group: int, most: int, room: int) -> Unions:
+def launch_unions(indices: Tensor, num_keys: int, group: int, most: int, bound: int) -> Unions:
     """Unite the selections ``indices [B, T, J]`` of the queries of every tile.
 
     Args:
@@ -278,11 +277,12 @@ def launch_unions(indices: Tensor, num_keys: int, group: int, most: int, room: i
         num_keys: S.
         group: heads on a key head, which decide on the queries of a tile.
         most: keys that a union may have.
-        room: a multiple of BLOCK, not less than ``most``, for which there is room.
+        bound: not less than ``most``; there is room for so many.
     """
     B, T, J = indices.shape
     tile, indices = queries_of_tile(group), indices.contiguous()
     tiles, words = (T + tile - 1) // tile, (num_keys + 31) // 32
+    room = (bound + BLOCK - 1) // BLOCK * BLOCK
     union = indices.new_zeros((B, tiles, words), dtype=torch.int32)
     before = indices.new_empty((B, tiles, words), dtype=torch.int32)
     keys = indices.new_empty((B, tiles, room), dtype=torch.int32)

@@ -54,7 +54,6 @@ def masked_backward_kernel(
     b_lse = tl.load(p_lse + i_out, mask=m_row, other=0.0) * LOG2_E
     scale = tl.cast(scale, tl.float32)
     factor = scale * LOG2_E
-    i_column = tl.arange(0, BN)
     i_key_column, i_value_column = tl.arange(0, BD)[None, :], tl.arange(0, BV)[None, :]
 
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -63,7 +62,7 @@ def masked_backward_kernel(
         b_k = load_piece(row_pointers(p_k, b_key, last_key, k_row), None, 0, BD, D, False)
         b_v = load_piece(row_pointers(p_v, b_key, last_key, v_row), None, 0, BV, V, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        m_s = is_selected(p_words + j // 32, i_column[None, :], BN)
+        m_s = is_selected(p_words + j // 32, BN)
         # A head without keys has lse = -inf, and no key that is asked for its weight.
         b_p = tl.where(m_s, tl.exp2(b_s * factor - b_lse), 0.0)
         b_e = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - b_delta)

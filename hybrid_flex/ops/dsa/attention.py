@@ -12,10 +12,11 @@ A gathered row serves the heads of one query on its key head only.  Where these 
 form: 63 ps for a token, key and key head of 128 columns, 290 ps backward.  The masked form fetches a row for 128
 queries and heads, and takes 195 ps and 570 ps for a key of a tile's union, tile and key head.  With G heads on a key
 head a tile has 128 / G queries, so that masking is faster up to unions of FORWARD / (G + 1/2) times as many keys as a
-query selects, TRAINING / (G + 1/2) times backward.  Each tile decides for itself; where whole sequences are shorter
-than that, nothing is left to decide.  Measured on an H200, bfloat16, 2048 keys, 32 heads of 128 on 8, milliseconds
-gathered and as it chooses, of dense causal attention at the end (profiles/results/dsa_nvidia-h200_20261129.md, rows
-forms_*).  Agreement is the correlation of the scores that neighbours give a key:
+query selects, TRAINING / (G + 1/2) times backward (both in masked.py).  Each tile decides for itself; where whole
+sequences are shorter than that, nothing is left to decide.  Measured on an H200, bfloat16, 2048 keys, 32 heads of 128
+on 8, milliseconds gathered and as it chooses, of dense causal attention at the end
+(profiles/results/dsa_nvidia-h200_20261129.md, rows forms_*).  Agreement is the correlation of the scores that
+neighbours give a key:
 
     agreement                     none                0.9                dense
     T                      32768   65536 *     32768   131072       32768   131072
@@ -44,12 +45,10 @@ from hybrid_flex.ops.dispatch import has_kernels, in_its_own_precision, longest
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
 from hybrid_flex.ops.dsa.reference import reference_attention
 
-# NOTE [Masked or gathered]: what a gathered key is worth; most heads on a key head that gain (32 on 2 take 7.4 and not
-# 8.7 ms forward at T 32768 where neighbours agree by 0.9, 9.2 and not 8.9 where they do not); fewest queries, and rows
-# that they would gather (half a millisecond), below which five launches cost more (8192 queries, 12 heads and 256 keys
-# of 64 columns 0.9 instead of 1.3 ms, 2048, 2 and 64 0.4 instead of 0.2); most bytes of a batch entry's unions.
-FORWARD = 42
-TRAINING = 72
+# NOTE [Masked or gathered]: most heads on a key head that gain (32 on 2 take 7.4 and not 8.7 ms forward at T 32768
+# where neighbours agree by 0.9, 9.2 and not 8.9 where they do not); fewest queries, and rows that they would gather
+# (half a millisecond), below which five launches cost more (8192 queries, 12 heads and 256 keys of 64 columns 0.9
+# instead of 1.3 ms, 2048, 2 and 64 0.4 instead of 0.2); most bytes of a batch entry's unions.
 MOST_GROUPED = 16
 FEWEST_QUERIES = 2048
 FEWEST_ROWS = 2**23
@@ -204,27 +203,12 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_served(q.shape[2] // k.shape[2], int(q.shape[3]), int(v.shape[3]), q.element_size())
 
 
-def most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[int, int]:
-    """Return how many keys a tile of the masked form may multiply, and an upper bound of it: NOTE [Masked or gathered].
-
-    Of a graph both may be open; then the bound is the plainer number.
-    """
-    S, group = k.shape[1], q.shape[2] // k.shape[2]
-    worth = indices.shape[2] * 2 * worth // (2 * group + 1)
-    # All tiles may be masked where a query in the middle, if the last one sees everything, sees no more than that.
-    seen = torch.sym_max(S - q.shape[1] // 2, S - worth)
-    everything = torch.sym_min(1, torch.sym_max(worth - seen + 1, 0))
-    most = torch.sym_min(S, worth)
-    most += everything * (S - most)
-    return most, most if isinstance(most, int) else torch.sym_min(S, 2 * worth)
-
-
 def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
     """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
 
     An exported program has one graph for all lengths, and takes the form that is faster for the longest.
     """
-    T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    group, T, S = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     if group > MOST_GROUPED or not _is_in_masked_kernels(q, k, v):
         return False
     if is_exporting():

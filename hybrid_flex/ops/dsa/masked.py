@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from hybrid_flex.ops.dispatch import in_its_own_precision
-from hybrid_flex.ops.dsa.attention import FORWARD, TRAINING, check_kernels, most_shared
+from hybrid_flex.ops.dsa.attention import check_kernels
 from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_context
+
+# NOTE [Masked or gathered] in attention.py: what a gathered key is worth.
+FORWARD = 42
+TRAINING = 72
 
 
 def _is_nothing(k: Tensor, indices: Tensor) -> bool:
@@ -24,14 +28,29 @@ def _is_nothing(k: Tensor, indices: Tensor) -> bool:
     return statically_known_true(k.shape[1] == 0) or any(statically_known_true(n == 0) for n in indices.shape)
 
 
+def _most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[int, int]:
+    """Return how many keys a tile may multiply, and an upper bound of it: NOTE [Masked or gathered] in attention.py.
+
+    Of a graph both may be open; then the bound is the plainer number.
+    """
+    S, group = k.shape[1], q.shape[2] // k.shape[2]
+    gathered = indices.shape[2] * 2 * worth // (2 * group + 1)
+    # All tiles may be masked where a query in the middle, if the last one sees everything, sees no more than that.
+    seen = torch.sym_max(S - q.shape[1] // 2, S - gathered)
+    everything = torch.sym_min(1, torch.sym_max(gathered - seen + 1, 0))
+    most = torch.sym_min(S, gathered)
+    most += everything * (S - most)
+    return most, most if isinstance(most, int) else torch.sym_min(S, 2 * gathered)
+
+
 def _unions(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[Any, Any]:
     """Make what the kernels read of a selection, and what they do of the attention."""
     from hybrid_flex.kernels.dsa.gather import Done
-    from hybrid_flex.kernels.dsa.masked import BLOCK, launch_unions, queries_of_tile
+    from hybrid_flex.kernels.dsa.masked import launch_unions, queries_of_tile
 
     group, S = q.shape[2] // k.shape[2], k.shape[1]
-    most, bound = most_shared(q, k, indices, worth)
-    unions = launch_unions(indices, S, group, most, (bound + BLOCK - 1) // BLOCK * BLOCK)
+    most, bound = _most_shared(q, k, indices, worth)
+    unions = launch_unions(indices, S, group, most, bound)
     # No union has more keys than there are.
     return unions, Done(unions.number, queries_of_tile(group), torch.sym_min(1, torch.sym_max(S - most, 0)))
 
@@ -90,7 +109,8 @@ def _masked_backward(
     # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
     unions, done = _unions(q, k, indices, TRAINING)
     launch_masked_backward(do, dlse, q, k, v, unions, o, lse, scale, dq=dq, dk=dk, dv=dv)
-    launch_gather_backward(*arguments, done, dq=dq, dk=dk, dv=dv)
+    if done.is_part:
+        launch_gather_backward(*arguments, done, dq=dq, dk=dk, dv=dv)
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from hybrid_flex.ops.dsa import gather, indexer, indexer_loss
 
@@ -38,3 +41,20 @@ def selection() -> Callable[..., Tensor]:
         return indices
 
     return draw
+
+
+@pytest.fixture
+def packaged(tmp_path: Path) -> Callable[[ExportedProgram], Any]:
+    """Compile a program ahead of time, and load it."""
+    from torch._inductor.package import load_package, package_aoti
+
+    def load(program: ExportedProgram) -> Any:
+        path = str(tmp_path / "program.pt2")
+        assert program.example_inputs is not None
+        with torch.no_grad():
+            module, options = program.module(check_guards=False), {"aot_inductor.package": True}
+            files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
+        package_aoti(path, files)
+        return load_package(path)
+
+    return load

@@ -337,18 +337,3 @@ def test_auto_asks_the_same_while_compiling(monkeypatch: pytest.MonkeyPatch, fre
         q, k = (torch.zeros(1, T, heads, 64, dtype=torch.bfloat16) for heads in (8, 2))
         indices = torch.zeros(1, T, 10, dtype=torch.int32)
         assert compiled(q, k, indices) == chosen(q, k, indices) == masked
-
-
-def test_a_tile_shares_no_more_keys_than_gathering_is_worth() -> None:
-    """4 heads on a key head: 10 slots are worth 93 keys, or all where a query in the middle sees no more than that."""
-    for T, S, most in (
-        (300, 300, 93),
-        (186, 186, 186),
-        (187, 187, 93),
-        (20, 103, 103),
-        (20, 104, 93),
-        (20, 60, 60),
-        (900, 187, 93),
-    ):
-        q, k = torch.empty(1, T, 8, 64), torch.empty(1, S, 2, 64)
-        assert attention.most_shared(q, k, torch.empty(1, T, 10), attention.FORWARD) == (most, most)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
 from hybrid_flex.ops.dsa import lightning_topk
@@ -156,42 +156,32 @@ def test_an_exported_program_selects_what_eager_mode_does() -> None:
 
 @pytest.mark.parametrize(("most", "workspace"), [(300, None), (300, 4 * 64 * 1300), (None, None)])
 def test_one_compiled_graph_launches_the_kernels_for_every_size(
-    most: int | None, workspace: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    most: int | None,
+    workspace: int | None,
+    packaged: Callable[[ExportedProgram], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compiled ahead of time from one example, in one block, in five of 64 queries, and in as many as there can be."""
-    from torch._inductor.package import load_package, package_aoti
-
     from hybrid_flex.kernels.dsa import topk as kernels
 
     launch: Any = kernels.lightning_topk
     if workspace is not None:
         monkeypatch.setattr(kernels, "lightning_topk", functools.partial(launch, workspace_bytes=workspace))
     monkeypatch.setattr(kernels, "MOST_BLOCKS", 6)
-    program = open_program(most)
-    with torch.no_grad():
-        module = program.module(check_guards=False)
-        options = {"aot_inductor.package": True}
-        files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
-    package_aoti(str(tmp_path / "topk.pt2"), files)
-    compiled = load_package(str(tmp_path / "topk.pt2"))
+    compiled = packaged(open_program(most))
     for B, T in OPEN_SIZES:
         x = inputs(B, T, T, 4, 64, dtype=torch.bfloat16)
         assert torch.equal(compiled(*x), lightning_topk(*x, 64)), (B, T)
 
 
-def test_blocks_of_a_compiled_graph_share_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.package import load_package, package_aoti
-
+def test_blocks_of_a_compiled_graph_share_what_it_computes(
+    packaged: Callable[[ExportedProgram], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hybrid_flex.kernels.dsa import topk as kernels
 
     launch = functools.partial(kernels.lightning_topk, workspace_bytes=4 * 128 * (4 * 600 + 64))
     monkeypatch.setattr(kernels, "lightning_topk", launch)
-    program = open_program(600, Rotated, HI=64)
-    with torch.no_grad():
-        module, options = program.module(check_guards=False), {"aot_inductor.package": True}
-        files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
-    package_aoti(str(tmp_path / "topk.pt2"), files)
-    compiled = load_package(str(tmp_path / "topk.pt2"))
+    compiled = packaged(open_program(600, Rotated, HI=64))
     x = inputs(1, 500, 500, 64, 64, dtype=torch.bfloat16)
     assert torch.equal(compiled(*x), lightning_topk(*x, 64))
     before = torch.cuda.memory_allocated()
@@ -201,9 +191,7 @@ def test_blocks_of_a_compiled_graph_share_what_it_computes(tmp_path: Path, monke
     assert torch.cuda.max_memory_allocated() - before < 2 * x[0].nbytes + 5 * 4 * 500 * 512
 
 
-def test_a_compiled_decoding_step_cuts_rows_into_spans(tmp_path: Path) -> None:
-    from torch._inductor.package import load_package, package_aoti
-
+def test_a_compiled_decoding_step_cuts_rows_into_spans(packaged: Callable[[ExportedProgram], Any]) -> None:
     class Step(nn.Module):
         def forward(self, q: Tensor, k: Tensor, w: Tensor, lengths: Tensor) -> Tensor:
             return lightning_topk(q, k, w, 512, lengths=lengths)
@@ -212,12 +200,7 @@ def test_a_compiled_decoding_step_cuts_rows_into_spans(tmp_path: Path) -> None:
     B = {0: Dim.DYNAMIC(min=1)}
     with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
         example = (*inputs(3, 1, 70000, 4, 64, dtype=torch.bfloat16), lengths)
-        program = torch.export.export(Step(), example, dynamic_shapes=(B,) * 4)
-        files = torch._inductor.aot_compile(
-            program.module(check_guards=False), example, options={"aot_inductor.package": True}
-        )
-    package_aoti(str(tmp_path / "step.pt2"), files)
-    compiled = load_package(str(tmp_path / "step.pt2"))
+        compiled = packaged(torch.export.export(Step(), example, dynamic_shapes=(B,) * 4))
     for B in (1, 2, 3):
         x = (*inputs(B, 1, 70000, 4, 64, dtype=torch.bfloat16), lengths[:B].clone())
         assert torch.equal(compiled(*x), lightning_topk(*x[:3], 512, lengths=x[3])), B

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
 from hybrid_flex.ops.dsa import attention, masked, sparse_attention
@@ -144,10 +144,10 @@ class Attention(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", ["compiled", "package"])
-def test_one_graph_masks_all_tiles_or_leaves_some(form: str, fresh_dynamo: None, tmp_path: Path) -> None:
+def test_one_graph_masks_all_tiles_or_leaves_some(
+    form: str, fresh_dynamo: None, packaged: Callable[[ExportedProgram], Any]
+) -> None:
     """At some lengths nothing is left to gather: that launch is empty."""
-    from torch._inductor.package import load_package, package_aoti
-
     lengths = {3000: 1, 300: 0, 2000: 1, 700: 0}
     x = {T: ([t.detach() for t in draw((1, T, T, 16, 4, 64, 64, 0), torch.bfloat16)], causal(T, 60)) for T in lengths}
     inputs, indices = x[3000]
@@ -156,11 +156,7 @@ def test_one_graph_masks_all_tiles_or_leaves_some(form: str, fresh_dynamo: None,
     else:
         open_length = {1: Dim.DYNAMIC(min=1)}
         with torch.no_grad(), symbolic_shapes.patch(backed_size_oblivious=True):
-            program = torch.export.export(Attention(), (*inputs, indices), dynamic_shapes=(open_length,) * 4)
-            module, options = program.module(check_guards=False), {"aot_inductor.package": True}
-            files = torch._inductor.aot_compile(module, program.example_inputs[0], options=options)
-        package_aoti(str(tmp_path / "attention.pt2"), files)
-        call = load_package(str(tmp_path / "attention.pt2"))
+            call = packaged(torch.export.export(Attention(), (*inputs, indices), dynamic_shapes=(open_length,) * 4))
     for T, is_part in lengths.items():
         inputs, indices = x[T]
         assert masked._unions(inputs[0], inputs[1], indices, masked.FORWARD)[1].is_part == is_part

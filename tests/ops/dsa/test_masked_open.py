@@ -48,7 +48,6 @@ def names(program: torch.export.ExportedProgram) -> list[str]:
 
 
 def test_five_launches_bind_no_size_and_write_results_only(written: Callable[..., list[set[str]]]) -> None:
-
     program = exported("masked")
     assert names(program) == ["hybrid_flex.sparse_attention_masked.default"]
     inputs = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
@@ -77,3 +76,18 @@ def test_a_program_takes_the_form_of_its_longest_sequences(
     assert names(program) == [f"hybrid_flex.sparse_attention_{form}.default"]
     lengths = [program.range_constraints[n.node.expr] for n in next(iter(program.graph.nodes)).meta["val"].shape[:2]]
     assert all(bounds.lower == 1 for bounds in lengths)
+
+
+def test_a_tile_shares_no_more_keys_than_gathering_is_worth() -> None:
+    """4 heads on a key head: 10 slots are worth 93 keys, or all where a query in the middle sees no more than that."""
+    for T, S, most in (
+        (300, 300, 93),
+        (186, 186, 186),
+        (187, 187, 93),
+        (20, 103, 103),
+        (20, 104, 93),
+        (20, 60, 60),
+        (900, 187, 93),
+    ):
+        q, k = torch.empty(1, T, 8, 64), torch.empty(1, S, 2, 64)
+        assert masked._most_shared(q, k, torch.empty(1, T, 10), masked.FORWARD) == (most, most)
