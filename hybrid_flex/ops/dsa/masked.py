@@ -28,10 +28,10 @@ def _is_nothing(k: Tensor, indices: Tensor) -> bool:
     return statically_known_true(k.shape[1] == 0) or any(statically_known_true(n == 0) for n in indices.shape)
 
 
-def _most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[int, int]:
+def _most_shared(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[Any, Any]:
     """Return how many keys a tile may multiply, and an upper bound of it: NOTE [Masked or gathered] in attention.py.
 
-    Of a graph both may be open; then the bound is the plainer number.
+    Numbers, or of a graph open sizes; then the bound is the plainer one.
     """
     S, group = k.shape[1], q.shape[2] // k.shape[2]
     gathered = indices.shape[2] * 2 * worth // (2 * group + 1)
