@@ -80,27 +80,29 @@ def test_every_kernel_compiles(architecture: int, kernel_names: set[str]) -> Non
     with ThreadPoolExecutor(2) as pool:
         sizes = list(pool.map(lambda launch: compiled(launch, architecture), launches(architecture)))
     assert not [(name, size) for name, size in sizes if size > SHARED_BYTES[architecture]]
-    assert kernel_names - {"gather_hopper_kernel"} == {name for name, _ in sizes}
+    assert kernel_names - {"gather_hopper_kernel", "masked_hopper_kernel"} == {name for name, _ in sizes}
 
 
-@pytest.mark.parametrize("D", [512, 576])
-def test_the_hopper_kernel_compiles(D: int) -> None:
-    """Gluon is an experiment of Triton's, so this is compiled every time."""
+@pytest.mark.parametrize("kernel, D", [("gather", 512), ("gather", 576), ("masked", 64), ("masked", 128)])
+def test_the_hopper_kernels_compile(kernel: str, D: int) -> None:
+    """Gluon is an experiment of Triton's, so these are compiled every time."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from hybrid_flex.kernels.dsa.gather_hopper import HEADS, VALUE_DIM, gather_hopper_kernel
-
-    given = {"p_q": "*bf16", "p_k": "*bf16", "p_slots": "*i32", "p_o": "*bf16", "p_lse": "*fp32", "scale": "fp32"}
-    sizes = {"H": 64, "HKV": 1, "D": D, "V": VALUE_DIM, "BH": HEADS, "BN": 64}
+    module = importlib.import_module(f"hybrid_flex.kernels.dsa.{kernel}_hopper")
+    function = getattr(module, f"{kernel}_hopper_kernel")
+    given = {"p_lse": "*fp32", "scale": "fp32", **{f"p_{name}": "*bf16" for name in "qkvo"}}
+    given |= {f"p_{name}": "*i32" for name in ("slots", "bits", "number", "keys")}
+    own = {"H": 64, "HKV": 1, "V": 512, "BH": 64} if kernel == "gather" else {"H": 32, "HKV": 8, "BG": 4, "BM": 128}
+    sizes = {"D": D, "BN": 64, **own}
     signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(gather_hopper_kernel.params):
+    for i, parameter in enumerate(function.params):
         name = parameter.name
         signature[name] = "constexpr" if parameter.is_constexpr else given.get(name, "i32")
         if parameter.is_constexpr:
             constants[(i,)] = sizes[name]
-        elif name.startswith(("p_", "q_", "k_")):
+        elif name.startswith(("p_", "q_", "k_", "v_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(gather_hopper_kernel, signature, constants, attributes)
+    source = GluonASTSource(function, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert binary.metadata.shared <= SHARED_BYTES[90]

@@ -112,6 +112,26 @@ def test_strides(layout: str, selection: Callable[..., Tensor]) -> None:
     assert all(relative(got[name], want[name]) <= 5e-3 for name in NAMES[3:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("sizes", [(1, 3000, 16, 4, 128, 300), (2, 700, 12, 4, 64, 60), (1, 90, 128, 1, 128, 40)])
+def test_the_hopper_kernel(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    from hybrid_flex.kernels.dsa import masked_hopper
+
+    B, T, H, Hkv, D, J = sizes
+    q, k, v = (x.detach() for x in draw((B, T, T, H, Hkv, D, D, 0), dtype))
+    if not masked_hopper.is_served(q, k, v):
+        pytest.skip("a kernel for compute capability 9.0")
+    indices = causal(T, J).expand(B, T, J)
+    unions, _ = masked._unions(q, k, indices, masked.FORWARD)
+    o, lse = torch.full_like(q, float("nan")), q.new_full((B, T, H), float("nan"), dtype=torch.float32)
+    masked_hopper.launch_masked_hopper(q, k, v, unions, 0.1, o=o, lse=lse)
+    want, want_lse = sparse_attention(q.double(), k.double(), v.double(), indices, scale=0.1, backend="gather")
+    left = (unions.number < 0).repeat_interleave(unions.bits.shape[1] // unions.number.shape[1], 1)[:, :T]
+    assert o[left].isnan().all() and lse[left].isnan().all()
+    assert relative(o[~left], want[~left]) <= 5e-3
+    torch.testing.assert_close(lse[~left].double(), want_lse[~left], rtol=1e-5, atol=1e-4)
+
+
 def test_opcheck(selection: Callable[..., Tensor]) -> None:
     inputs, indices = draw((1, 40, 200, 8, 2, 64, 64, 0), torch.float16), selection(1, 40, 200, 20).cuda()
     torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_masked, (*inputs, indices, 0.1))

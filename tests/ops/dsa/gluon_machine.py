@@ -1,0 +1,247 @@
+"""Run Gluon kernels of Hopper on a CPU, program after program, which Triton's interpreter cannot.
+
+What is started arrives as late as it may: a copy leaves NaN in its place until its group is waited for and the fence
+has passed, and a product reads its operands when it is started and once more when it is waited for, which must be the
+same.  Whatever is not waited for has no value.  A program is one thread here: what threads of one program must wait for
+each other for is not seen; the compiler places those barriers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+
+DTYPES = {gl.int32: torch.int32, gl.int64: torch.int64, gl.float32: torch.float32}
+
+
+class Values(Tensor):
+    """A tensor of a kernel."""
+
+    @property
+    def type(self) -> Any:
+        return types.SimpleNamespace(layout=None)
+
+
+def values(x: Any) -> Values:
+    return torch.as_tensor(x).as_subclass(Values)
+
+
+class Pointer:
+    """Pointers into the memory of a tensor, in elements from its first one."""
+
+    def __init__(self, memory: Tensor, offset: Tensor) -> None:
+        self.memory, self.offset = memory, offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + other)
+
+    def __getitem__(self, key: Any) -> Pointer:
+        return Pointer(self.memory, self.offset[key])
+
+    def _reached(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """Return which elements are reached and where they lie; outside of the tensor none may be."""
+        mask = torch.as_tensor(True if mask is None else mask)
+        offset, mask = torch.broadcast_tensors(self.offset, mask)
+        assert ((offset >= 0) & (offset < self.memory.numel()))[mask].all(), "reaches outside of a tensor"
+        return mask, offset[mask].long()
+
+    def load(self, mask: Any = None, other: Any = 0) -> Values:
+        mask, offset = self._reached(mask)
+        result = torch.full(mask.shape, other, dtype=self.memory.dtype)
+        result[mask] = self.memory[offset]
+        return values(result)
+
+    def store(self, x: Tensor, mask: Any = None) -> None:
+        mask, offset = self._reached(mask)
+        assert offset.unique().numel() == offset.numel(), "writes an element twice"
+        self.memory[offset] = torch.broadcast_to(x, mask.shape)[mask].to(self.memory.dtype)
+
+
+class Shared:
+    """Shared memory, or a view of it: as threads see it, and as products do, for which what is new passes a fence."""
+
+    def __init__(self, machine: Machine, threads: Tensor, products: Tensor) -> None:
+        self.machine, self.threads, self.products = machine, threads, products
+        self.shape, self.dtype = list(threads.shape), threads.dtype
+
+    def _view(self, view: Callable[[Tensor], Tensor]) -> Shared:
+        return Shared(self.machine, view(self.threads), view(self.products))
+
+    def index(self, i: Any) -> Shared:
+        return self._view(lambda x: x[int(i)])
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return self._view(lambda x: x.narrow(dim, start, length))
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return self._view(lambda x: x.permute(order))
+
+    def load(self, layout: Any) -> Values:
+        return values(self.threads.clone())
+
+    def store(self, x: Tensor) -> None:
+        self.threads.copy_(x)
+        self.products.fill_(float("nan"))
+        self.machine.written.append(self)
+
+
+class Product:
+    """A product on its way."""
+
+    def __init__(self, a: Any, b: Shared, onto: Any, use_acc: bool) -> None:
+        self.a, self.b, self.use_acc = a, b, use_acc
+        self.onto = onto if isinstance(onto, Product) else onto.clone()
+        self.begun, self.result = self._product(), None
+
+    def _product(self) -> Tensor:
+        a = self.a.products if isinstance(self.a, Shared) else self.a
+        return a.float().as_subclass(Tensor) @ self.b.products.float()
+
+    def finish(self) -> None:
+        now = self._product()
+        assert torch.equal(now.nan_to_num(7e30), self.begun.nan_to_num(7e30)), "an operand changed under a product"
+        onto = self.onto.result if isinstance(self.onto, Product) else self.onto
+        self.result = values(now + onto if self.use_acc else now)
+
+
+class Machine:
+    """What the kernels call, and what is on its way."""
+
+    def __init__(self) -> None:
+        self.program = 0
+        self.copies: list[tuple[Shared, Tensor]] = []
+        self.groups: list[list[tuple[Shared, Tensor]]] = []
+        self.written: list[Shared] = []
+        self.products: list[Product] = []
+
+    def is_idle(self) -> bool:
+        return not (self.copies or self.groups or self.products)
+
+    # Memory and copies
+
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        return Shared(self, *(torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)))
+
+    def async_load(self, shared: Shared, pointer: Pointer, mask: Any = None) -> None:
+        shared.threads.fill_(float("nan"))
+        shared.products.fill_(float("nan"))
+        self.copies.append((shared, pointer.load(mask)))
+
+    def commit_group(self) -> None:
+        self.groups.append(self.copies)
+        self.copies = []
+
+    def wait_group(self, outstanding: int) -> None:
+        while len(self.groups) > outstanding:
+            for shared, x in self.groups.pop(0):
+                shared.threads.copy_(x)
+                self.written.append(shared)
+
+    def fence_async_shared(self) -> None:
+        for shared in self.written:
+            shared.products.copy_(shared.threads)
+        self.written = []
+
+    def barrier(self) -> None:
+        pass
+
+    # Products
+
+    def warpgroup_mma(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Product:
+        assert is_async
+        self.products.append(Product(a, b, acc, use_acc))
+        return self.products[-1]
+
+    def warpgroup_mma_wait(self, outstanding: int, deps: list[Any]) -> Any:
+        while len(self.products) > outstanding:
+            self.products.pop(0).finish()
+        results = tuple(x.result if isinstance(x, Product) else x for x in deps)
+        assert all(x is not None for x in results), "a product is read before it is waited for"
+        return results if len(results) > 1 else results[0]
+
+    # The language
+
+    def language(self) -> types.SimpleNamespace:
+        def pair(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
+            return lambda x, y: function(x, torch.as_tensor(y, dtype=x.dtype))
+
+        def where(mask: Any, x: Any, y: Any) -> Values:
+            return values(torch.where(torch.as_tensor(mask), x, y))
+
+        def cast(x: Any, dtype: torch.dtype) -> Values:
+            return values(torch.tensor(x, dtype=dtype))
+
+        names = {str(name): dtype for name, dtype in (("int32", torch.int32), ("int64", torch.int64))}
+        layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "DistributedLinear")
+        return types.SimpleNamespace(
+            **names,
+            float32=torch.float32,
+            **{f"{name}Layout": lambda *args, **kwargs: None for name in (*layouts, "SwizzledShared")},
+            allocate_shared_memory=self.allocate_shared_memory,
+            arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),
+            cast=cast,
+            convert_layout=lambda x, layout, assert_trivial=False: x,
+            exp2=torch.exp2,
+            full=lambda shape, x, dtype, layout: values(torch.full(shape, x, dtype=dtype)),
+            load=lambda pointer, mask=None, other=0: pointer.load(mask, other),
+            log=torch.log,
+            max=lambda x, axis: x.amax(axis),
+            maximum=pair(torch.maximum),
+            program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
+            reshape=torch.reshape,
+            store=lambda pointer, x, mask=None: pointer.store(x, mask),
+            sum=lambda x, axis: x.sum(axis),
+            where=where,
+            zeros=lambda shape, dtype, layout: values(torch.zeros(shape, dtype=dtype)),
+        )
+
+    def translate(self, kernel: Any) -> Callable[..., None]:
+        """Return a Gluon function that runs here."""
+        here = {
+            name: getattr(self, name)
+            for name in ("async_load", "barrier", "fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait")
+        }
+        here["gl"] = self.language()
+        here["async_copy"] = self
+        modules: dict[int, dict[str, Any]] = {}
+        functions: dict[int, Callable[..., None]] = {}
+
+        def function(kernel: Any) -> Callable[..., None]:
+            if id(kernel) not in functions:
+                names = module(kernel.fn.__globals__)
+                functions[id(kernel)] = types.FunctionType(kernel.fn.__code__, names, argdefs=kernel.fn.__defaults__)
+            return functions[id(kernel)]
+
+        def module(names: dict[str, Any]) -> dict[str, Any]:
+            if id(names) not in modules:
+                modules[id(names)] = translated = dict(names)
+                for name, x in names.items():
+                    if isinstance(x, gl.constexpr):
+                        translated[name] = x.value
+                    elif hasattr(x, "is_gluon"):
+                        translated[name] = function(x)
+                translated.update(here)
+            return modules[id(names)]
+
+        return function(kernel)
+
+
+def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Run all programs of a kernel; tensors become pointers to their first elements."""
+    machine = Machine()
+    function = machine.translate(kernel)
+    for machine.program in range(programs):
+        given = []
+        for x in arguments:
+            if isinstance(x, Tensor):
+                memory = torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+                x = Pointer(memory, torch.tensor(x.storage_offset()))
+            given.append(x)
+        function(*given, **constants)
+        assert machine.is_idle(), "something is on its way when the program ends"

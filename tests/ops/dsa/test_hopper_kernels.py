@@ -1,0 +1,116 @@
+"""The kernels written in Gluon, without a device: their programs as gluon_machine.py runs them, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybrid_flex.ops.dsa import sparse_attention
+
+pytest.importorskip("triton.experimental.gluon")
+SCALE = 0.2
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from gluon_machine import run
+
+    return run
+
+
+def rows(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def select(B: int, T: int, S: int, J: int) -> Tensor:
+    """Draw ascending selections, the last token's without a key."""
+    generator = torch.Generator().manual_seed(J)
+    indices = torch.rand(B, T, S, generator=generator).argsort(-1)[..., :J].sort(-1).values.int()
+    indices[-1, -1] = -1
+    return indices
+
+
+def check(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
+    want, want_lse = sparse_attention(*(x.double() for x in (q, k, v)), indices, scale=SCALE, backend="reference")
+    assert (o.double() - want).norm() <= 5e-3 * want.norm()
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    empty = (indices < 0).all(-1)
+    assert (o[empty] == 0).all()
+
+
+def unite(indices: Tensor, S: int, tile: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the bits, numbers and keys of `Unions`, with rubbish where nothing counts."""
+    B, T, _ = indices.shape
+    tiles, room = -(-T // tile), -(-most // 128) * 128
+    chosen = torch.zeros(B, tiles * tile, S + 1, dtype=torch.bool)
+    chosen[:, :T].scatter_(2, indices.long() % (S + 1), True)
+    chosen = chosen[..., :S]
+    bits = torch.zeros(B, tiles * tile, room // 32, dtype=torch.int64)
+    number = torch.full((B, tiles), -1, dtype=torch.int32)
+    keys = torch.full((B, tiles, room), 7777, dtype=torch.int32)
+    for b in range(B):
+        for i in range(tiles):
+            mine = chosen[b, i * tile : (i + 1) * tile]
+            union = mine.any(0).nonzero()[:, 0]
+            if len(union) <= most:
+                number[b, i] = len(union)
+                keys[b, i, : len(union)] = union
+                words = torch.nn.functional.pad(mine[:, union], (0, room - len(union))).unflatten(1, (-1, 32))
+                bits[b, i * tile : (i + 1) * tile] = (words * 2 ** torch.arange(32)).sum(-1)
+    return (bits - (bits >> 31) * 2**32).int(), number, keys
+
+
+# B, T, S, H, Hkv, D, J
+SIZES = [
+    (1, 40, 700, 8, 2, 128, 30),
+    (2, 33, 65, 6, 2, 64, 20),
+    (1, 5, 300, 1, 1, 128, 100),
+    (1, 3, 64, 128, 1, 64, 64),
+    (1, 2, 500, 9, 1, 128, 1),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*s))
+def test_masked(sizes: tuple[int, ...], run: Callable[..., None]) -> None:
+    from hybrid_flex.kernels.dsa.masked import ROWS, Unions, queries_of_tile
+    from hybrid_flex.kernels.dsa.masked_hopper import masked_hopper_kernel
+    from hybrid_flex.kernels.launch import next_power_of_2
+
+    B, T, S, H, HKV, D, J = sizes
+    q, k, v = rows(B, T, H, D, seed=1), rows(B, S, HKV, D, seed=2), rows(B, S, HKV, D, seed=3)
+    indices = select(B, T, S, J)
+    unions = Unions(*unite(indices, S, queries_of_tile(H // HKV), S))
+    o, lse = torch.full((B, T, H, D), float("nan"), dtype=q.dtype), torch.full((B, T, H), float("nan"))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    run(
+        masked_hopper_kernel, B * HKV * unions.number.shape[1],
+        q, k, v, *unions, o, lse, SCALE, T, *unions.sizes, *strides,
+        H=H, HKV=HKV, D=D, BG=next_power_of_2(H // HKV), BM=ROWS, BN=64,
+    )  # fmt: skip
+    check(o, lse, q, k, v, indices)
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["ascending", "gaps"])
+@pytest.mark.parametrize("sizes", [(1, 3, 700, 64, 1, 576, 200), (2, 2, 90, 80, 2, 512, 70), (1, 2, 90, 70, 1, 512, 1)])
+def test_gather(sizes: tuple[int, ...], gaps: bool, run: Callable[..., None]) -> None:
+    from hybrid_flex.kernels.dsa.gather_hopper import HEADS, VALUE_DIM, gather_hopper_kernel
+
+    B, T, S, H, HKV, D, J = sizes
+    q, k = rows(B, T, H, D, seed=1), rows(B, S, HKV, D, seed=2)
+    indices = select(B, T, S, J)
+    if gaps:
+        indices[..., J // 2 :: 3] = -1
+    k[:, -1] = float("nan")
+    indices[indices == S - 1] = -1
+    o, lse = torch.full((B, T, H, VALUE_DIM), float("nan"), dtype=q.dtype), torch.full((B, T, H), float("nan"))
+    programs = B * T * HKV * -(-(H // HKV) // HEADS)
+    run(
+        gather_hopper_kernel, programs, q, k, indices, o, lse, SCALE, T, J, *q.stride()[:3], *k.stride()[:3],
+        H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64,
+    )  # fmt: skip
+    check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices)
