@@ -20,6 +20,10 @@ The mask is one bit for each pair of a query and a key of its union, ``bits [B, 
 one word for 32 keys and tests its bits in registers; FlexAttention's mask_mod loads a byte for every element of a tile,
 which takes longer than the products (H100, T 8192, 32 heads of 128 on 8: 7 ms, where dense attention takes 0.9).
 
+# NOTE [Runs]
+Bits are set by atomics, of which the L2 does one for a word at a time: 67 million took half a millisecond (H200).  As
+slots ascend, a thread takes RUN neighbours and sets what falls into the same word at once.  Any order gives the bits.
+
 # NOTE [Unseen rows]
 What a query has not selected gets the weight 0, but a row of its tile's union is multiplied all the same: keys and
 values that a neighbour selects must be finite.
@@ -53,23 +57,43 @@ BLOCK = 128
 """Unions have room for a multiple of so many keys: whole tiles, and whole words of bits."""
 WIDEST = 128
 """Columns of keys and of values that the kernels hold."""
-SLOT_TILE = 512
+SLOT_TILE = 1024
+RUN = 8
 WORD_TILE = 64
 
 
+@triton.jit
+def add_bits(p_words, b_word, b_bits, m_bits):
+    tl.atomic_or(p_words + b_word, b_bits, mask=m_bits & (b_bits != 0), sem="relaxed")
+
+
+@triton.jit
+def carry_bit(p_words, b_word, b_bits, b_place, m_place):
+    """Add a bit to the word that a thread carries, and write that one if the bit is not in it: NOTE [Runs]."""
+    b_next = b_place >> 5
+    m_other = b_next != b_word
+    add_bits(p_words, b_word, b_bits, m_other)
+    return b_next, tl.where(m_other, 0, b_bits) | (m_place.to(tl.int32) << (b_place & 31))
+
+
 @triton.jit(do_not_specialize=["J", "S", "T", "TILES", "WORDS"])
-def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLOTS: tl.constexpr):
+def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLOTS: tl.constexpr, RUN: tl.constexpr):
     """Set the bits of the keys of one query in the union of its tile, ``[B, TILES, WORDS]``, zero before."""
     i_query = tl.program_id(0).to(tl.int64)
     p_slots += i_query * J
     p_union += (i_query // T * TILES + i_query % T // TILE) * WORDS
     for j in range(0, J, SLOTS):
-        i_slot = j + tl.arange(0, SLOTS)
-        # Loaded here and in no function of its own: of what a function returns torch takes all arguments for written
-        # where an address is computed of it, and copies the slots in every graph (torch 2.11 then fails: open strides).
-        b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
-        m_slot = (b_slot >= 0) & (b_slot < S)
-        tl.atomic_or(p_union + (b_slot >> 5), m_slot.to(tl.int32) << (b_slot & 31), mask=m_slot, sem="relaxed")
+        b_word = tl.full([SLOTS // RUN], -1, tl.int32)
+        b_bits = tl.zeros([SLOTS // RUN], tl.int32)
+        for n in tl.static_range(RUN):
+            i_slot = j + tl.arange(0, SLOTS // RUN) * RUN + n
+            # Loaded here and in no function of its own: of what a function returns torch takes all arguments for
+            # written where an address is computed of it, and copies the slots in every graph (torch 2.11 then fails:
+            # open strides).
+            b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
+            m_slot = (b_slot >= 0) & (b_slot < S)
+            b_word, b_bits = carry_bit(p_union, b_word, b_bits, b_slot, m_slot)
+        add_bits(p_union, b_word, b_bits, True)
 
 
 @triton.jit(do_not_specialize=["WORDS", "ROOM", "most"])
@@ -110,7 +134,7 @@ def count_bits(x):
 @triton.jit(do_not_specialize=["J", "S", "T", "PADDED", "TILES", "WORDS", "CHOSEN"])
 def pack_kernel(
     p_slots, p_union, p_before, p_number, p_bits, J, S, T, PADDED, TILES, WORDS, CHOSEN,
-    TILE: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr, SLOTS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Set the bits of the keys of one query by their places in the union; ``bits [B, PADDED, CHOSEN]``, zero before."""
     i_query = tl.program_id(0).to(tl.int64)
@@ -121,13 +145,17 @@ def pack_kernel(
     p_bits += (i_query // T * PADDED + i_query % T) * CHOSEN
     number = tl.load(p_number + i_tile)
     for j in range(0, tl.where(number > 0, J, 0), SLOTS):
-        i_slot = j + tl.arange(0, SLOTS)
-        b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
-        m_slot = (b_slot >= 0) & (b_slot < S)
-        b_word = tl.load(p_union + (b_slot >> 5), mask=m_slot, other=0)
-        b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
-        b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(b_below)
-        tl.atomic_or(p_bits + (b_place >> 5), m_slot.to(tl.int32) << (b_place & 31), mask=m_slot, sem="relaxed")
+        b_chosen = tl.full([SLOTS // RUN], -1, tl.int32)
+        b_bits = tl.zeros([SLOTS // RUN], tl.int32)
+        for n in tl.static_range(RUN):
+            i_slot = j + tl.arange(0, SLOTS // RUN) * RUN + n
+            b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
+            m_slot = (b_slot >= 0) & (b_slot < S)
+            b_word = tl.load(p_union + (b_slot >> 5), mask=m_slot, other=0)
+            b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
+            b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(b_below)
+            b_chosen, b_bits = carry_bit(p_bits, b_chosen, b_bits, b_place, m_slot)
+        add_bits(p_bits, b_chosen, b_bits, True)
 
 
 @triton.jit
@@ -288,7 +316,7 @@ def launch_unions(indices: Tensor, num_keys: int, group: int, most: int, bound: 
     keys = indices.new_empty((B, tiles, room), dtype=torch.int32)
     number = indices.new_empty((B, tiles), dtype=torch.int32)
     bits = indices.new_zeros((B, tiles * tile, room // 32), dtype=torch.int32)
-    sizes, constants = (J, num_keys, T), {"TILE": tile, "SLOTS": SLOT_TILE, "num_warps": 4}
+    sizes, constants = (J, num_keys, T), {"TILE": tile, "SLOTS": SLOT_TILE, "RUN": RUN, "num_warps": 4}
     launchable(mark_kernel, indices)[(B * T,)](indices, union, *sizes, tiles, words, **constants)
     launchable(list_kernel, indices)[(B * tiles,)](
         union, before, keys, number, words, room, most, BW=WORD_TILE, num_warps=4
