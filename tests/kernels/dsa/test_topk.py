@@ -11,6 +11,7 @@ from torch._inductor.sizevars import SizeVarAllocator
 from torch.export import Dim
 from torch.fx.experimental import _config as symbolic_shapes
 
+from hybrid_flex.kernels.dsa import select
 from hybrid_flex.kernels.dsa import topk as launcher
 from hybrid_flex.ops.dsa.reference import reference_scores, reference_topk, reference_visible
 
@@ -114,6 +115,31 @@ def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.Mo
         w[0, 1] = -1.0
     got = launcher.lightning_topk(*(x.to(device) for x in (q, k, w)), 300, False, 0, None, 1)
     assert torch.equal(got.cpu(), expected((q, k, w), 300, 0, False, 1))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a function of a compiled kernel cannot be replaced")
+def test_a_search_takes_few_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First among all columns, then among those that earlier searches have cut off below."""
+    sums: list[int] = []
+    kth_largest, between_bounds = select.kth_largest, select.between_bounds
+
+    def search(*arguments: object) -> object:
+        sums.append(0)
+        return kth_largest(*arguments)
+
+    def after_or_before_a_sum(*arguments: object) -> object:
+        sums[-1] += 1
+        return between_bounds(*arguments)
+
+    monkeypatch.setattr(select, "kth_largest", search)
+    monkeypatch.setattr(select, "between_bounds", after_or_before_a_sum)
+    monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
+    monkeypatch.setattr(launcher, "ENOUGH_BLOCKS", 1)
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(*size, generator=generator) for size in ((1, 6, 8, 16), (1, 8192, 16), (1, 6, 8))]
+    launcher.lightning_topk(*x, 256, False, 0, None, 1)
+    assert len(sums) >= 18, "every row takes three searches or more"
+    assert sum(sums) / 2 <= 6 * len(sums)
 
 
 @pytest.mark.parametrize("rows", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 30, 150))])
