@@ -45,6 +45,7 @@ from .masked import ROWS, Unions
 
 BUFFERS = gl.constexpr(5)  # NOTE [Five buffers]
 WIDTHS = (64, 128)
+BITS_OF_MINUS_INFINITY = gl.constexpr(-(2**23))
 
 
 @gluon.jit
@@ -69,9 +70,12 @@ def weigh(b_s, b_word0, b_word1, b_m, b_L, factor):
     """Return the weights of a tile, what scales the sums, and the new maxima and totals."""
     i_key = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, b_s.type.layout))[None, :]
     b_word = gl.where(i_key < 32, b_word0[:, None], b_word1[:, None])
-    # A thread's columns are 8 n + 2 (lane % 4) + 0 or 1: one shift by its lane serves all, the masks are constants.
-    m_s = ((b_word >> (i_key & 6)) & (1 << (i_key & 25))) != 0
-    b_s = gl.where(m_s, b_s * factor, float("-inf"))
+    # A thread's columns are 8 n + 2 (lane % 4) + 0 or 1: one shift by its lane serves all, the others are constants.
+    # The bit is spread over a word that picks the logit's bits or those of -inf; 32 conditions are more than a thread
+    # can hold, which costs 28 instructions of 578.
+    b_keep = ((b_word >> (i_key & 6)) << (31 - (i_key & 25))) >> 31
+    b_s = ((b_s * factor).to(gl.int32, bitcast=True) & b_keep) | (~b_keep & BITS_OF_MINUS_INFINITY)
+    b_s = b_s.to(gl.float32, bitcast=True)
     b_largest = gl.maximum(b_m, gl.max(b_s, 1))
     b_p = gl.exp2(b_s - b_largest[:, None])
     b_a = gl.exp2(b_m - b_largest)

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-DTYPES = {gl.int32: torch.int32, gl.int64: torch.int64, gl.float32: torch.float32}
-
 
 class Values(Tensor):
     """A tensor of a kernel."""
@@ -25,6 +23,9 @@ class Values(Tensor):
     @property
     def type(self) -> Any:
         return types.SimpleNamespace(layout=None)
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Values:
+        return self.view(dtype) if bitcast else super().to(dtype)
 
 
 def values(x: Any) -> Values:
@@ -177,11 +178,10 @@ class Machine:
         def cast(x: Any, dtype: torch.dtype) -> Values:
             return values(torch.tensor(x, dtype=dtype))
 
-        names = {str(name): dtype for name, dtype in (("int32", torch.int32), ("int64", torch.int64))}
+        names = {name: getattr(torch, name) for name in ("float32", "int32", "int64")}
         layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "DistributedLinear")
         return types.SimpleNamespace(
             **names,
-            float32=torch.float32,
             **{f"{name}Layout": lambda *args, **kwargs: None for name in (*layouts, "SwizzledShared")},
             allocate_shared_memory=self.allocate_shared_memory,
             arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),

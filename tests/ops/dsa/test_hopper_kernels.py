@@ -35,8 +35,8 @@ def select(B: int, T: int, S: int, J: int) -> Tensor:
     return indices
 
 
-def check(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> None:
-    want, want_lse = sparse_attention(*(x.double() for x in (q, k, v)), indices, scale=SCALE, backend="reference")
+def check(o: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float = SCALE) -> None:
+    want, want_lse = sparse_attention(*(x.double() for x in (q, k, v)), indices, scale=scale, backend="reference")
     assert (o.double() - want).norm() <= 5e-3 * want.norm()
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     empty = (indices < 0).all(-1)
@@ -75,8 +75,12 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*s))
-def test_masked(sizes: tuple[int, ...], run: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "scale"),
+    [*((sizes, SCALE) for sizes in SIZES), ((1, 9, 200, 4, 1, 64, 60), 1e4), ((1, 9, 200, 4, 1, 64, 60), -1e-30)],
+    ids=lambda x: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}",
+)
+def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) -> None:
     from hybrid_flex.kernels.dsa.masked import ROWS, Unions, queries_of_tile
     from hybrid_flex.kernels.dsa.masked_hopper import masked_hopper_kernel
     from hybrid_flex.kernels.launch import next_power_of_2
@@ -89,10 +93,10 @@ def test_masked(sizes: tuple[int, ...], run: Callable[..., None]) -> None:
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     run(
         masked_hopper_kernel, B * HKV * unions.number.shape[1],
-        q, k, v, *unions, o, lse, SCALE, T, *unions.sizes, *strides,
+        q, k, v, *unions, o, lse, scale, T, *unions.sizes, *strides,
         H=H, HKV=HKV, D=D, BG=next_power_of_2(H // HKV), BM=ROWS, BN=64,
     )  # fmt: skip
-    check(o, lse, q, k, v, indices)
+    check(o, lse, q, k, v, indices, scale)
 
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["ascending", "gaps"])
