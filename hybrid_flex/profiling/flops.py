@@ -199,7 +199,7 @@ def lightning_topk_flop(
 
 @_formula(
     *("sparse_attention_gather", "sparse_attention_flex", "sparse_attention_masked"),
-    *("sparse_attention_cuda", "sparse_attention_hopper"),
+    *("sparse_attention_cuda", "sparse_attention_hopper", "sparse_attention_masked_hopper"),
 )
 def sparse_attention_flop(
     q: Shape, k: Shape, v: Shape, indices: Shape, scale: float, value_dim: int = 0, *, out_shape: Any = None

@@ -80,6 +80,7 @@ _TABLES = {
     "hybrid_flex::sparse_attention_gather": ("k v", "indices", True),
     "hybrid_flex::sparse_attention_flex": ("k v", "indices", True),
     "hybrid_flex::sparse_attention_masked": ("k v", "indices", True),
+    "hybrid_flex::sparse_attention_masked_hopper": ("k v", "indices", True),
     "hybrid_flex::sparse_attention_cuda": ("k v", "indices", True),
     "hybrid_flex::sparse_attention_hopper": ("k v", "indices", True),
 }

@@ -381,13 +381,13 @@ def launch_gather(
         lse_spans = torch.empty((B * T * H, spans), dtype=torch.float32, device=q.device)
         o_spans = torch.empty((B * T * H, spans, width.V), dtype=torch.float32, device=q.device)
     indices = indices.contiguous()
-    launchable(gather_kernel)[(B * T * programs * spans * done.is_part,)](
+    launchable(gather_kernel, q)[(B * T * programs * spans * done.is_part,)](
         q, k, v, indices, done.pointer(indices), o_spans, lse_spans, float(scale), B * T, T, J, spans, span,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], **constants, **tiles, CUT=in_spans, TILE=done.tile,
         num_stages=tiles["STAGES"],
     )  # fmt: skip
     if in_spans:
         BV = min(PIECE, next_power_of_2(width.V))
-        launchable(combine_kernel)[(B * T * H, -(-width.V // BV))](
+        launchable(combine_kernel, q)[(B * T * H, -(-width.V // BV))](
             o_spans, lse_spans, o, lse, spans, V=width.V, BV=BV, BS=most_spans(spans), num_warps=4
         )

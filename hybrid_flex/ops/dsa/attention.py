@@ -53,6 +53,8 @@ MOST_GROUPED = 16
 FEWEST_QUERIES = 2048
 FEWEST_ROWS = 2**23
 UNION_BYTES = 512 * 2**20
+# Whether the masked form takes its kernel for Hopper where that serves: once it has been timed on a device.
+MASKED_IN_GLUON = False
 
 
 def check_kernels(op: str, q: Tensor) -> None:
@@ -203,6 +205,17 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return is_served(q.shape[2] // k.shape[2], int(q.shape[3]), int(v.shape[3]), q.element_size())
 
 
+def _in_masked_hopper_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether the masked form's kernel for Hopper serves these tensors, here and now: `_in_hopper_kernel`."""
+    if not MASKED_IN_GLUON or is_exporting():
+        return False
+    try:
+        from hybrid_flex.kernels.dsa.masked_hopper import is_served
+    except (ImportError, AttributeError):
+        return False
+    return is_served(q, k, v)
+
+
 def _is_masked_faster(q: Tensor, k: Tensor, v: Tensor, indices: Tensor) -> bool:
     """Tell whether the masked form is the faster one: NOTE [Masked or gathered].
 
@@ -301,6 +314,8 @@ def sparse_attention(
         rule = 'be on CUDA, of 16 bits, with D and Dv up to 128 and H / Hkv up to 128 for backend="masked"'
         check(False, op, "q", rule, f"{q.device}, {q.dtype}, {tuple(q.shape)}, {tuple(values.shape)}")
     if backend == "masked" or (backend == "auto" and _is_masked_faster(q, k, values, indices)):
+        if _in_masked_hopper_kernel(q, k, values):
+            return torch.ops.hybrid_flex.sparse_attention_masked_hopper(q, k, values, indices, scale)
         return torch.ops.hybrid_flex.sparse_attention_masked(q, k, values, indices, scale)
     if not is_in_kernels(q, values):
         return torch.ops.hybrid_flex.sparse_attention_gather(q, k, values, indices, scale)

@@ -55,12 +55,20 @@ def _unions(q: Tensor, k: Tensor, indices: Tensor, worth: int) -> tuple[Any, Any
     return unions, Done(unions.number, queries_of_tile(group), torch.sym_min(1, torch.sym_max(S - most, 0)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float, in_gluon: bool = False
+) -> tuple[Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather import launch_gather
-    from hybrid_flex.kernels.dsa.masked import launch_masked
     from hybrid_flex.kernels.launch import computed_once
 
+    if in_gluon:
+        from hybrid_flex.kernels.dsa.masked_hopper import launch_masked_hopper as launch_masked
+    else:
+        from hybrid_flex.kernels.dsa.masked import launch_masked
+
     o, lse = fake_forward(q, k, v, indices, scale)
+    if _is_nothing(k, indices):
+        return o.zero_(), lse.fill_(float("-inf"))
     q, k, v, indices = (computed_once(x) for x in (q, k, v, indices))
     unions, done = _unions(q, k, indices, FORWARD)
     launch_masked(q, k, v, unions, scale, o=o, lse=lse)
@@ -72,13 +80,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> t
 @in_its_own_precision
 def _masked_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     check_kernels("sparse_attention_masked", q)
-    if _is_nothing(k, indices):
-        o, lse = fake_forward(q, k, v, indices, scale)
-        return o.zero_(), lse.fill_(float("-inf"))
     return _attend(q, k, v, indices, scale)
 
 
+# Not a triton_op: torch cannot carry a Gluon kernel in a graph.
+@torch.library.custom_op("hybrid_flex::sparse_attention_masked_hopper", mutates_args=())
+@in_its_own_precision
+def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Do what sparse_attention_masked does, for what masked_hopper.py serves."""
+    check_kernels("sparse_attention_masked_hopper", q)
+    return _attend(q, k, v, indices, scale, in_gluon=True)
+
+
 _masked_forward.register_fake(fake_forward)
+_hopper_forward.register_fake(fake_forward)
 
 
 @torch.library.custom_op("hybrid_flex::sparse_attention_masked_backward", mutates_args=())
@@ -124,3 +139,4 @@ def _gradient(ctx: object, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
 
 
 _masked_forward.register_autograd(_gradient, setup_context=setup_context)
+_hopper_forward.register_autograd(_gradient, setup_context=setup_context)

@@ -120,7 +120,10 @@ def traced_topk(
     return _over_blocks(step, [(x, 0) for x in xs], _block_size(SCORED_ROWS // num_heads), (keys,))[0]
 
 
-@plain_form("sparse_attention_gather", "sparse_attention_flex", "sparse_attention_masked")
+@plain_form(
+    *("sparse_attention_gather", "sparse_attention_flex"),
+    *("sparse_attention_masked", "sparse_attention_masked_hopper"),
+)
 @in_its_own_precision
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attend as `sparse_attention` does, with the operator's arguments: ``o [B, T, H, Dv]`` and ``lse [B, T, H]``."""

@@ -345,6 +345,18 @@ def test_a_graph_copies_no_slots(selection: Callable[..., Tensor], fresh_dynamo:
     assert len(nodes) == 1 and set(nodes[0].kwargs["tensors_to_clone"]) <= {"p_o", "p_lse"}
 
 
+@pytest.mark.parametrize("heads", [16, 64], ids=["gather", "hopper"])
+def test_a_call_is_noted_down_nowhere(heads: int, selection: Callable[..., Tensor]) -> None:
+    """Torch notes down what it launches for graphs, and forgets none of it: a decoder would fill the memory."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    q, cache, _ = (x.detach() for x in draw((1, 1, 300, heads, 1, 576, 512, 0, False), torch.bfloat16))
+    indices = selection(1, 1, 300, 200).cuda()
+    before = len(kernel_side_table.constant_args)
+    sparse_attention(q, cache, None, indices, value_dim=512)
+    assert len(kernel_side_table.constant_args) == before
+
+
 class LatentAttention(torch.nn.Module):
     def forward(self, q: Tensor, cache: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         return sparse_attention(q, cache, None, indices, value_dim=512)

@@ -16,6 +16,14 @@ from hybrid_flex.ops.dsa import attention, masked, sparse_attention
 pytestmark = pytest.mark.gpu
 
 NAMES = ("o", "lse", "dq", "dk", "dv")
+
+
+@pytest.fixture(params=[False, True], ids=["triton", "gluon"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose the kernel, where both serve."""
+    monkeypatch.setattr(attention, "MASKED_IN_GLUON", request.param)
+
+
 # B, T, S, H, Hkv, D, Dv, J
 CASES = [
     (1, 1, 1, 1, 1, 16, 16, 1),
@@ -50,7 +58,9 @@ def relative(x: Tensor, y: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_outputs_and_gradients(case: tuple[int, ...], dtype: torch.dtype, selection: Callable[..., Tensor]) -> None:
+def test_outputs_and_gradients(
+    case: tuple[int, ...], dtype: torch.dtype, selection: Callable[..., Tensor], kernel: None
+) -> None:
     indices = selection(case[0], case[1], case[2], case[7]).cuda()
     inputs = draw(case, dtype)
     got = results(inputs, indices, "masked")
@@ -74,7 +84,7 @@ def causal(T: int, J: int) -> Tensor:
 
 
 @pytest.mark.parametrize("J", [60, 300])
-def test_it_equals_the_gather_form_over_many_tiles(J: int) -> None:
+def test_it_equals_the_gather_form_over_many_tiles(J: int, kernel: None) -> None:
     """Some tiles share too much to be gathered and some too little to be masked, or all are masked."""
     inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, J)
     for worth in (masked.FORWARD, masked.TRAINING):
@@ -84,7 +94,7 @@ def test_it_equals_the_gather_form_over_many_tiles(J: int) -> None:
     assert all(relative(got[name], want[name]) <= 1e-2 for name in NAMES)
 
 
-def test_bits_repeat(selection: Callable[..., Tensor]) -> None:
+def test_bits_repeat(selection: Callable[..., Tensor], kernel: None) -> None:
     """Of the outputs and dq; with deterministic algorithms of all gradients."""
     case = (2, 300, 500, 8, 2, 128, 128, 100)
     inputs, indices = draw(case, torch.bfloat16), selection(2, 300, 500, 100).cuda()
@@ -100,7 +110,7 @@ def test_bits_repeat(selection: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["head-major", "sliced"])
-def test_strides(layout: str, selection: Callable[..., Tensor]) -> None:
+def test_strides(layout: str, selection: Callable[..., Tensor], kernel: None) -> None:
     inputs, indices = draw((2, 70, 300, 8, 2, 64, 64, 0), torch.bfloat16), selection(2, 70, 300, 40).cuda()
     want = results(inputs, indices, "masked")
     if layout == "head-major":
@@ -112,24 +122,26 @@ def test_strides(layout: str, selection: Callable[..., Tensor]) -> None:
     assert all(relative(got[name], want[name]) <= 5e-3 for name in NAMES[3:])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("sizes", [(1, 3000, 16, 4, 128, 300), (2, 700, 12, 4, 64, 60), (1, 90, 128, 1, 128, 40)])
-def test_the_hopper_kernel(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_the_hopper_kernel_in_a_graph(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    """It masks some tiles and leaves some."""
     from hybrid_flex.kernels.dsa import masked_hopper
 
-    B, T, H, Hkv, D, J = sizes
-    q, k, v = (x.detach() for x in draw((B, T, T, H, Hkv, D, D, 0), dtype))
-    if not masked_hopper.is_served(q, k, v):
+    monkeypatch.setattr(attention, "MASKED_IN_GLUON", True)
+    inputs, indices = [x.detach() for x in draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16)], causal(3000, 60)
+    if not masked_hopper.is_served(*inputs):
         pytest.skip("a kernel for compute capability 9.0")
-    indices = causal(T, J).expand(B, T, J)
-    unions, _ = masked._unions(q, k, indices, masked.FORWARD)
-    o, lse = torch.full_like(q, float("nan")), q.new_full((B, T, H), float("nan"), dtype=torch.float32)
-    masked_hopper.launch_masked_hopper(q, k, v, unions, 0.1, o=o, lse=lse)
-    want, want_lse = sparse_attention(q.double(), k.double(), v.double(), indices, scale=0.1, backend="gather")
-    left = (unions.number < 0).repeat_interleave(unions.bits.shape[1] // unions.number.shape[1], 1)[:, :T]
-    assert o[left].isnan().all() and lse[left].isnan().all()
-    assert relative(o[~left], want[~left]) <= 5e-3
-    torch.testing.assert_close(lse[~left].double(), want_lse[~left], rtol=1e-5, atol=1e-4)
+    called: list[str] = []
+
+    def nodes(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
+        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
+        return graph
+
+    torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_masked_hopper, (*inputs, indices, 0.1))
+    got = torch.compile(Attention(), fullgraph=True, backend=nodes)(*inputs, indices)
+    assert len(called) == 1 and "sparse_attention_masked_hopper" in called[0]
+    want = sparse_attention(*(2 * x for x in inputs), indices, backend="gather")
+    assert relative(got[0], want[0]) <= 5e-3
+    torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-4)
 
 
 def test_opcheck(selection: Callable[..., Tensor]) -> None:
