@@ -97,3 +97,14 @@ def test_a_part_of_a_tensor_is_left_where_it_lies(launches: Launches) -> None:
     )
     keys = {launch["p_k"].target for launch in found if "p_k" in launch}
     assert keys == {torch.ops.aten.slice.Tensor}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_is_written_through_two_arguments(
+    name: str, launches: Launches, written: Callable[[torch.fx.Graph], list[set[str]]]
+) -> None:
+    """Torch would copy it for one of them; scores of a selection are half a gigabyte."""
+    graph = traced(*CALLS[name])
+    for arguments, names in zip(launches(graph), written(graph), strict=True):
+        tensors = [arguments[name] for name in names]
+        assert len(set(tensors)) == len(tensors), names

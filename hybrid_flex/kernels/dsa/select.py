@@ -1,21 +1,27 @@
 """Second kernel of the lightning indexer: the topk largest of a row of sortable integers, exactly.
 
-NOTE [Selection]: one block of threads walks over a row.  It holds WIDTH candidates in registers, finds the topk-th
-largest value x* among them and keeps what is above x*, and of what equals x* the lowest columns until topk are kept.
-Of the rest of the row only what is above x* can still be among the topk (a later column loses against an equal one);
-that is appended until WIDTH candidates are together again, and so on to the end of the row.  For scores in any order a
-row of n columns costs about log(n / topk) selections, in ascending order one for every WIDTH - topk columns.  A running
-count over the columns says where each candidate goes, so that they stay in ascending order of columns.
+NOTE [Selection]: one block of threads walks over a row.  Of up to WIDTH candidates in registers it finds the topk-th
+largest value x* and keeps what is above x*, and of what equals x* the lowest columns until topk are kept.  Of the rest
+of the row only what is above x* can still be among the topk (a later column loses against an equal one); that is
+appended until WIDTH candidates are together again, and so on to the end of the row.  In ascending order there is one
+selection for every WIDTH - topk columns, in any order about log(n / topk) for n columns, but for NOTE [Sample].  A
+running count over the columns says where each candidate goes, so that they stay in ascending order of columns.
+
+NOTE [Sample]: a row wider than WIDTH begins with a value that about 5/8 WIDTH of its columns reach, by a sample, so
+that nearly always what is above it at the end of the row fits and one selection is enough.  If fewer than topk reach
+it, the walk begins again without.
 
 x* is searched by counting: how many are at least a, how many at least b, in one sum.  The first a and b come from mean
 and deviation of a sample, as if scores were normal, and of candidates that an earlier selection has cut off below as if
 they fell off exponentially; the next from the line through the last two counts.  Where that halved neither the
 candidates between the bounds nor those between k and the nearer bound, a and b cut the range of integers in three.  The
 search ends early where exactly topk are at least a or b: for real scores after four or five sums, at worst after some
-forty.  (Counted in a model of it, normal scores and those of 8 heads with a ReLU, topk 2048: 11.7 sums for a row of
-32768 and 16 for one of 131072.  With the guess for normal scores everywhere, and the range cut in three whenever the
-candidates between the bounds were not halved, it took 22 and 36, most of them after a first pair that both missed on
-one side.)
+forty.
+
+A model of this (numpy; normal scores, such with a trend, and those of 8 heads with a ReLU; topk 2048 of 32768 and
+131072) takes one selection of five sums for a row, and four or five sums over a sample of 1024.  Without a sample, with
+the guess for normal scores everywhere, and with thirds of the integers wherever the candidates between the bounds were
+not halved, it took 2.5 and 3.6 selections and 22 and 36 sums.
 """
 
 from __future__ import annotations
@@ -200,6 +206,46 @@ def without_ties(b_x, x, missing):
     return tl.where(ties & (i_tie > missing), NONE, b_x)
 
 
+@triton.jit
+def reached_by(p_keys, number, wanted, SIZE: tl.constexpr):
+    """Return a value that about ``wanted`` of ``p_keys[:number]`` reach, by a sample of SIZE of them."""
+    lower, upper = guess(p_keys, number, wanted, False, SIZE)
+    b_x = tl.load(p_keys + tl.arange(0, SIZE) * (number // SIZE))
+    x, _ = kth_largest(b_x, tl.maximum(wanted * SIZE // number, 1), lower, upper)
+    return x
+
+
+@triton.jit
+def append_above(
+    p_keys, p_columns, p_to, p_to_keys, x, kept, position, last, start, FIRST: tl.constexpr, SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Append what is above x from ``position`` on to the candidates, SIZE columns at a time while there is room.
+
+    Returns:
+        how many candidates there are, and the first column that is not among those looked at.
+    """
+    room = tl.full((), True, tl.int1)
+    while (position < last) & room:
+        b_new = load_columns(p_keys + position, last - position, not FIRST, SIZE)
+        i_new, number = places(b_new > x)
+        room = kept + number <= WIDTH
+        if room:
+            store_above(
+                b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to + kept, p_to_keys + kept, True
+            )  # fmt: skip
+            kept += number
+            position += SIZE
+    return kept, position
+
+
+@triton.jit
+def end_vector(p_keys, number):
+    """Write NONE behind ``number`` keys, to the end of a vector."""
+    i_pad = number + tl.arange(0, ALIGNED)
+    tl.store(p_keys + i_pad, tl.zeros_like(i_pad) + NONE, mask=i_pad < _aligned(number))
+
+
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start", "width"])
 def select_kernel(
     p_keys, p_columns, p_kept, p_first, p_last, p_out_keys, p_out, stride_keys, stride_out_b, start, rows, T, S,
@@ -210,8 +256,8 @@ def select_kernel(
 
     In the FIRST round a row's columns are the keys' own numbers, and those a query sees count; later they stand in
     ``p_columns``, beside their keys, and those that are not NONE count.  The LAST round, of one span, writes int32
-    indices, -1 in unused slots; the other writes keys and columns for it.  Candidates lie where the first WIDTH keys
-    lay, their columns in ``p_kept [batch, rows, spans, 2, WIDTH]``.
+    indices, -1 in unused slots; the other writes keys and columns for it.  Of ``p_kept [batch, rows, spans, 3, WIDTH]``
+    two thirds take the columns of candidates in turn, the last their keys.
     """
     i_span, i_r, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if i_r >= rows:  # a launch without queries has a program nevertheless
@@ -225,7 +271,7 @@ def select_kernel(
     p_keys += i_row * stride_keys
     p_columns += i_row * stride_keys
     slot = i_row * tl.num_programs(0) + i_span
-    p_kept += slot * (2 * WIDTH)
+    p_kept += slot * (3 * WIDTH)
     if LAST:
         p_out += i_b.to(tl.int64) * stride_out_b + (start + i_r).to(tl.int64) * TOPK
     else:
@@ -246,51 +292,54 @@ def select_kernel(
                 b_x = tl.load(p_keys + first + i_k, mask=i_k < scored, other=0)
                 tl.store(p_out_keys + i_k, tl.where(i_k < last - first, b_x, NONE), mask=m_k)
             return
-    # Candidates are the columns to `end` from `start` on, later those of the list whose keys begin where the row did.
-    # Their columns stand at p_list, the next ones go to one side of p_kept, and to the other.
     start = first // ALIGNED * ALIGNED
     p_keys += start
     p_columns += start
-    p_list, side, listed = p_columns, 0, tl.full((), not FIRST, tl.int1)
     last -= start
-    end, position, walking = tl.minimum(WIDTH, last), WIDTH, tl.full((), True, tl.int1)
+    # Candidates: what is above x of the columns before `position`, `kept` in number.  Of a row that fits they are all
+    # columns, where they lie; else their columns lie on one side of p_kept, those of the next ones on the other.
+    p_kept_keys = p_kept + 2 * WIDTH
+    lowest, none = tl.full((), NONE, tl.int32), tl.full((), 0, tl.int32)
+    fits, walking, sampled = last <= WIDTH, tl.full((), True, tl.int1), tl.full((), False, tl.int1)
+    x, kept, position, side = lowest, last, _aligned(last), 0
+    if not fits:
+        kept, position = none, none
+        if FIRST:
+            sampled = tl.full((), True, tl.int1)
+            x = tl.maximum(reached_by(p_keys, last, 5 * WIDTH // 8, max(1024, WIDTH // 8)), NONE + 1) - 1
     while walking:
-        walking = position < last
-        b_x = load_columns(p_keys, end, not FIRST, WIDTH)
-        x = tl.full((), NONE, tl.int32)
-        above = x
-        if end > TOPK:
-            lower, upper = guess(p_keys, end, TOPK, listed, WIDTH // SAMPLE)
-            x, missing = kth_largest(b_x, TOPK, lower, upper)
-            above = x
-            if (missing > 0) & (x != NONE):
-                b_x = without_ties(b_x, x, missing)
-                above = x - 1
-        i_to, kept = places(b_x > above)
-        p_to, p_to_keys = p_kept + side, p_keys
-        if not walking:
-            p_to, p_to_keys = p_out, p_out_keys
-        tl.debug_barrier()  # the candidates have been read
-        store_above(b_x, above, i_to, start, p_list, listed, p_to, p_to_keys, walking | (not LAST))
-        room = walking
-        while (position < last) & room:
-            position = tl.multiple_of(position, ALIGNED)
-            b_new = load_columns(p_keys + position, last - position, not FIRST, WIDTH // 2)
-            i_new, number = places(b_new > x)
-            room = kept + number <= WIDTH
-            if room:
-                p_to = p_kept + side + kept
-                store_above(
-                    b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to, p_keys + kept, True
-                )  # fmt: skip
-                kept += number
-                position += WIDTH // 2
-        if walking:
-            i_pad = kept + tl.arange(0, ALIGNED)
-            tl.store(p_keys + i_pad, tl.zeros_like(i_pad) + NONE, mask=i_pad < _aligned(kept))
-        tl.debug_barrier()
-        end, listed = kept, walking
-        p_list, side = p_kept + side, WIDTH - side
-    tl.store(p_out + i_k, tl.zeros_like(i_k) - 1, mask=m_k & (i_k >= end))
+        kept, position = append_above(
+            p_keys, p_columns, p_kept + side, p_kept_keys, x, kept, position, last, start, FIRST, WIDTH // 2, WIDTH
+        )
+        if sampled & (kept < TOPK):
+            x, kept, position = lowest, none, none
+        else:
+            walking = position < last
+            p_list, p_list_keys = p_columns, p_keys
+            if fits:
+                b_x = load_columns(p_keys, kept, not FIRST, WIDTH)
+            else:
+                end_vector(p_kept_keys, kept)
+                tl.debug_barrier()
+                b_x = load_columns(p_kept_keys, kept, not FIRST, WIDTH)
+                p_list, p_list_keys = p_kept + side, p_kept_keys
+            listed = (not FIRST) | (not fits)
+            above = lowest
+            if kept > TOPK:
+                lower, upper = guess(p_list_keys, kept, TOPK, listed, WIDTH // SAMPLE)
+                x, missing = kth_largest(b_x, TOPK, lower, upper)
+                above = x
+                if (missing > 0) & (x != NONE):
+                    b_x = without_ties(b_x, x, missing)
+                    above = x - 1
+            i_to, kept = places(b_x > above)
+            side = WIDTH - side
+            p_to, p_to_keys = p_kept + side, p_kept_keys
+            if not walking:
+                p_to, p_to_keys = p_out, p_out_keys
+            tl.debug_barrier()  # the candidates have been read
+            store_above(b_x, above, i_to, start, p_list, listed, p_to, p_to_keys, walking | (not LAST))
+        sampled = tl.full((), False, tl.int1)
+    tl.store(p_out + i_k, tl.zeros_like(i_k) - 1, mask=m_k & (i_k >= kept))
     if not LAST:
-        tl.store(p_out_keys + i_k, tl.zeros_like(i_k) + NONE, mask=m_k & (i_k >= end))
+        tl.store(p_out_keys + i_k, tl.zeros_like(i_k) + NONE, mask=m_k & (i_k >= kept))

@@ -212,7 +212,7 @@ def _held(topk: int, few: bool) -> tuple[int, int]:
 
 def _row_bytes(S: int, width: int) -> int:
     """Return what scores and candidates of one query take."""
-    return 4 * S + 64 + (8 * width if width < upper_bound(S) else 0)
+    return 4 * S + 64 + (12 * width if width < upper_bound(S) else 0)
 
 
 def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tuple[int, int]:
@@ -221,7 +221,7 @@ def _rows_at_once(B: int, T: int, S: int, topk: int, workspace_bytes: int) -> tu
     row_bytes = _row_bytes(S, width)
     most = workspace_bytes // row_bytes
     if most < ENOUGH_BLOCKS and 2 * span_widths * width <= S:  # spans have candidates and results of their own
-        most = (workspace_bytes - ENOUGH_BLOCKS * 8 * (width + topk)) // row_bytes
+        most = (workspace_bytes - ENOUGH_BLOCKS * (12 * width + 8 * topk)) // row_bytes
     most = max(1, most)
     if most >= T and T <= MOST_ROWS:
         return max(1, min(B, most // max(T, 1))), max(T, 1)
@@ -307,7 +307,7 @@ def _spans(num_rows: int, upper: int, least: int) -> int:
 def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, few: bool, indices: Tensor) -> None:
     """Select from ``keys [batch, rows, columns]``, ``upper`` of them scores, into ``indices [batch, T, topk]``."""
     most_width, span_widths = _held(topk, few)
-    B, num_rows, columns = rows.batch, torch.sym_max(rows.count, 1), keys
+    B, num_rows, columns = rows.batch, torch.sym_max(rows.count, 1), _unread(keys)
     # Of open sizes only those of few queries: the others would write results of one span, mostly, to read them again.
     rounds = 1
     if isinstance(rows.count, int) or upper_bound(rows.count) < FEW_QUERIES:
@@ -328,7 +328,7 @@ def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, few: bool, indices
         if not last_round:
             out_keys, out = (_integers(keys, B, rows.room, num_spans * topk) for _ in range(2))
         if upper_bound(span) > width:
-            kept = _integers(keys, B, rows.room, num_spans, 2, width)
+            kept = _integers(keys, B, rows.room, num_spans, 3, width)
         launchable(select_kernel, keys)[(num_spans, num_rows, B)](
             keys, columns, kept, *seen, out_keys, out, keys.stride(1), indices.stride(0), rows.start,
             rows.count, *rows.numbers, upper, span, **rows.flags, WIDTH=width, BK=next_power_of_2(topk),

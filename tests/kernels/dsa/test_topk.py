@@ -98,9 +98,9 @@ def test_what_blocks_hold() -> None:
     assert not launcher._has_few_rows(65, 1) and not launcher._has_few_rows(1, 16)
 
 
-@pytest.mark.parametrize("scores", ["ascending", "stairs", "zeros", "extremes"])
+@pytest.mark.parametrize("scores", ["ascending", "stairs", "zeros", "extremes", "comb", "gaps"])
 def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every column passes, whole tiles are equal, or steps of the search cannot be taken in floats."""
+    """Every column passes, tiles are equal, steps of the search cannot be taken in floats, or samples mislead."""
     monkeypatch.setattr(launcher, "MAX_WIDTH", 1024)
     q, k, w, column = torch.zeros(1, 2, 1, 16), torch.zeros(1, 4000, 16), torch.ones(1, 2, 1), torch.arange(4000.0)
     q[..., 0] = 1.0
@@ -108,6 +108,9 @@ def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.Mo
         "ascending": column,
         "stairs": column // 300,
         "zeros": torch.where(column % 50 == 7, column, 0.0),
+        # A sample takes every third column, of which there are 1334.
+        "comb": torch.where(column % 3 == 0, column + 5000, column),
+        "gaps": torch.where(column % 3 == 0, column, column + 5000),
         "extremes": torch.where(column % 5 == 0, 3e38, (column / 50 - 40).exp()),
     }
     k[0, :, 0] = forms[scores]
@@ -119,7 +122,7 @@ def test_walks_of_unkind_scores(scores: str, device: str, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a function of a compiled kernel cannot be replaced")
 def test_a_search_takes_few_sums(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First among all columns, then among those that earlier searches have cut off below."""
+    """Of a row one search in a sample and one among what it leaves, seldom more."""
     sums: list[int] = []
     kth_largest, between_bounds = select.kth_largest, select.between_bounds
 
@@ -138,7 +141,7 @@ def test_a_search_takes_few_sums(device: str, monkeypatch: pytest.MonkeyPatch) -
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(*size, generator=generator) for size in ((1, 6, 8, 16), (1, 8192, 16), (1, 6, 8))]
     launcher.lightning_topk(*x, 256, False, 0, None, 1)
-    assert len(sums) >= 18, "every row takes three searches or more"
+    assert 12 <= len(sums) <= 14
     assert sum(sums) / 2 <= 6 * len(sums)
 
 
