@@ -316,13 +316,11 @@ def select_kernel(
         else:
             walking = position < last
             p_list, p_list_keys = p_columns, p_keys
-            if fits:
-                b_x = load_columns(p_keys, kept, not FIRST, WIDTH)
-            else:
+            if not fits:
                 end_vector(p_kept_keys, kept)
                 tl.debug_barrier()
-                b_x = load_columns(p_kept_keys, kept, not FIRST, WIDTH)
                 p_list, p_list_keys = p_kept + side, p_kept_keys
+            b_x = load_columns(p_list_keys, kept, not FIRST, WIDTH)
             listed = (not FIRST) | (not fits)
             above = lowest
             if kept > TOPK:
