@@ -80,21 +80,33 @@ def test_every_kernel_compiles(architecture: int, kernel_names: set[str]) -> Non
     with ThreadPoolExecutor(2) as pool:
         sizes = list(pool.map(lambda launch: compiled(launch, architecture), launches(architecture)))
     assert not [(name, size) for name, size in sizes if size > SHARED_BYTES[architecture]]
-    assert kernel_names - {"gather_hopper_kernel", "masked_hopper_kernel"} == {name for name, _ in sizes}
+    assert kernel_names - {"gather_halves_kernel", "gather_hopper_kernel", "masked_hopper_kernel"} == {
+        name for name, _ in sizes
+    }
 
 
-@pytest.mark.parametrize("kernel, D", [("gather", 512), ("gather", 576), ("masked", 64), ("masked", 128)])
-def test_the_hopper_kernels_compile(kernel: str, D: int) -> None:
+GATHER = {"H": 64, "HKV": 1, "V": 512}
+MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "sizes", "num_warps"),
+    [
+        ("gather_hopper", {"D": 512, "BH": 64, "BN": 64, **GATHER}, 8),
+        ("gather_hopper", {"D": 576, "BH": 64, "BN": 64, **GATHER}, 8),
+        ("gather_halves", GATHER, 4),
+        ("masked_hopper", {"D": 64, **MASKED}, 8),
+        ("masked_hopper", {"D": 128, **MASKED}, 8),
+    ],
+)
+def test_the_hopper_kernels_compile(kernel: str, sizes: dict[str, int], num_warps: int) -> None:
     """Gluon is an experiment of Triton's, so these are compiled every time."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    module = importlib.import_module(f"hybrid_flex.kernels.dsa.{kernel}_hopper")
-    function = getattr(module, f"{kernel}_hopper_kernel")
+    function = getattr(importlib.import_module(f"hybrid_flex.kernels.dsa.{kernel}"), f"{kernel}_kernel")
     given = {"p_lse": "*fp32", "scale": "fp32", **{f"p_{name}": "*bf16" for name in "qkvo"}}
     given |= {f"p_{name}": "*i32" for name in ("slots", "bits", "number", "keys")}
-    own = {"H": 64, "HKV": 1, "V": 512, "BH": 64} if kernel == "gather" else {"H": 32, "HKV": 8, "BG": 4, "BM": 128}
-    sizes = {"D": D, "BN": 64, **own}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         name = parameter.name
@@ -104,5 +116,5 @@ def test_the_hopper_kernels_compile(kernel: str, D: int) -> None:
         elif name.startswith(("p_", "q_", "k_", "v_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(function, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     assert binary.metadata.shared <= SHARED_BYTES[90]

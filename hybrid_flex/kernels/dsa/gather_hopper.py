@@ -55,12 +55,14 @@ VALUE_DIM = 512
 KEY_DIMS = (512, 576)
 # Of a token whose slots gather.py cuts into that many spans, its kernel is the faster one, by what a tile takes.
 ENOUGH_SPANS = 4
+# Whether rows of 512 columns are left to gather_halves.py: once that has been timed on a device.
+IN_HALVES = False
 
 
 @gluon.jit
-def look_through(p_slots, J):
+def look_through(p_slots, J, WARPS: gl.constexpr):
     """Return one more than the last slot in use (0 without any), and whether unused ones lie before it."""
-    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [8], [0])
+    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     b_last = gl.zeros([COUNTED], gl.int32, LINE)
     b_used = gl.zeros([COUNTED], gl.int32, LINE)
     for j in range(0, J, COUNTED):
@@ -199,7 +201,7 @@ def gather_hopper_kernel(
         copy_rows(s_qr, p_heads, m_head, V, ROWS)
     copy_tile(s_k, s_kr, 0, p_k, b_slot, k_row, ROWS)
     b_slot = load_slots(p_slots, BN, J, BN, HEAD)
-    number, has_gaps = look_through(p_slots, J)
+    number, has_gaps = look_through(p_slots, J, 8)
     # Inductor passes numbers as float64.
     factor = gl.cast(scale, gl.float32) * LOG2_E
 
@@ -294,7 +296,10 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
         return
     indices = indices.contiguous()
     q, k = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k))
-    gather_hopper_kernel[(B * T * programs,)](
-        q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k), H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS,
-        BN=64, num_warps=8,
-    )  # fmt: skip
+    grid, arguments = (B * T * programs,), (q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k))
+    if IN_HALVES and D == VALUE_DIM:
+        from .gather_halves import gather_halves_kernel
+
+        gather_halves_kernel[grid](*arguments, H=H, HKV=HKV, V=VALUE_DIM, num_warps=4)
+        return
+    gather_hopper_kernel[grid](*arguments, H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8)

@@ -2,12 +2,14 @@
 
 What is started arrives as late as it may: a copy leaves NaN in its place until its group is waited for and the fence
 has passed, and a product reads its operands when it is started and once more when it is waited for, which must be the
-same.  Whatever is not waited for has no value.  A program is one thread here: what threads of one program must wait for
-each other for is not seen; the compiler places those barriers.
+same.  Whatever is not waited for has no value.  Partitions of a program are threads here, which meet at barriers in
+memory only; one that waits for longer than a program takes has been forgotten.  A partition is one thread: what its own
+threads must wait for each other for is not seen; the compiler places those barriers.
 """
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +91,34 @@ class Shared:
     def store(self, x: Tensor) -> None:
         self.threads.copy_(x)
         self.products.fill_(float("nan"))
-        self.machine.written.append(self)
+        self.machine.under_way.written.append(self)
+
+
+class Barriers:
+    """Barriers in memory, or one of them: complete phases are counted, and of a phase those who have arrived."""
+
+    PATIENCE = 60.0
+
+    def __init__(self, number: int) -> None:
+        self.members = [self] if number == 1 else [Barriers(1) for _ in range(number)]
+        self.changed, self.count, self.arrived, self.complete = threading.Condition(), 0, 0, 0
+
+    def index(self, i: Any) -> Barriers:
+        return self.members[int(i)]
+
+    def arrive(self, count: int) -> None:
+        with self.changed:
+            self.arrived += count
+            assert self.arrived <= self.count, "more arrive at a barrier than it waits for"
+            if self.arrived == self.count:
+                self.arrived, self.complete = 0, self.complete + 1
+                self.changed.notify_all()
+
+    def wait(self, phase: Any) -> None:
+        """Wait while the phase of this parity is going on."""
+        with self.changed:
+            done = self.changed.wait_for(lambda: self.complete % 2 != int(phase), self.PATIENCE)
+        assert done, "nobody arrives at a barrier"
 
 
 class Product:
@@ -111,57 +140,97 @@ class Product:
         self.result = values(now + onto if self.use_acc else now)
 
 
-class Machine:
-    """What the kernels call, and what is on its way."""
+class UnderWay(threading.local):
+    """What a partition has started."""
 
     def __init__(self) -> None:
-        self.program = 0
         self.copies: list[tuple[Shared, Tensor]] = []
         self.groups: list[list[tuple[Shared, Tensor]]] = []
         self.written: list[Shared] = []
         self.products: list[Product] = []
 
-    def is_idle(self) -> bool:
+    def is_nothing(self) -> bool:
         return not (self.copies or self.groups or self.products)
+
+
+class Machine:
+    """What the kernels call."""
+
+    def __init__(self) -> None:
+        self.program = 0
+        self.under_way = UnderWay()
 
     # Memory and copies
 
-    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+    def allocate_shared_memory(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared | Barriers:
+        if layout == "barrier":
+            return Barriers(shape[0])
         return Shared(self, *(torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)))
 
     def async_load(self, shared: Shared, pointer: Pointer, mask: Any = None) -> None:
         shared.threads.fill_(float("nan"))
         shared.products.fill_(float("nan"))
-        self.copies.append((shared, pointer.load(mask)))
+        self.under_way.copies.append((shared, pointer.load(mask)))
 
     def commit_group(self) -> None:
-        self.groups.append(self.copies)
-        self.copies = []
+        self.under_way.groups.append(self.under_way.copies)
+        self.under_way.copies = []
 
     def wait_group(self, outstanding: int) -> None:
-        while len(self.groups) > outstanding:
-            for shared, x in self.groups.pop(0):
+        while len(self.under_way.groups) > outstanding:
+            for shared, x in self.under_way.groups.pop(0):
                 shared.threads.copy_(x)
-                self.written.append(shared)
+                self.under_way.written.append(shared)
 
     def fence_async_shared(self) -> None:
-        for shared in self.written:
+        for shared in self.under_way.written:
             shared.products.copy_(shared.threads)
-        self.written = []
+        self.under_way.written = []
 
     def barrier(self) -> None:
         pass
+
+    # Partitions
+
+    def warp_specialize(self, partitions: list[tuple[Callable[..., None], tuple]], warps: Any, registers: Any) -> None:
+        failed: list[BaseException] = []
+
+        def run(function: Callable[..., None], arguments: tuple) -> None:
+            try:
+                function(*arguments)
+                assert self.under_way.is_nothing(), "something is on its way when a partition ends"
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+
+    def barriers(self) -> types.SimpleNamespace:
+        def init(barrier: Barriers, count: int) -> None:
+            barrier.count = count
+
+        return types.SimpleNamespace(
+            MBarrierLayout=lambda: "barrier",
+            arrive=lambda barrier, count: barrier.arrive(count),
+            init=init,
+            wait=lambda barrier, phase: barrier.wait(phase),
+        )
 
     # Products
 
     def warpgroup_mma(self, a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: bool) -> Product:
         assert is_async
-        self.products.append(Product(a, b, acc, use_acc))
-        return self.products[-1]
+        self.under_way.products.append(Product(a, b, acc, use_acc))
+        return self.under_way.products[-1]
 
     def warpgroup_mma_wait(self, outstanding: int, deps: list[Any]) -> Any:
-        while len(self.products) > outstanding:
-            self.products.pop(0).finish()
+        while len(self.under_way.products) > outstanding:
+            self.under_way.products.pop(0).finish()
         results = tuple(x.result if isinstance(x, Product) else x for x in deps)
         assert all(x is not None for x in results), "a product is read before it is waited for"
         return results if len(results) > 1 else results[0]
@@ -195,8 +264,10 @@ class Machine:
             maximum=pair(torch.maximum),
             program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
             reshape=torch.reshape,
+            static_range=range,
             store=lambda pointer, x, mask=None: pointer.store(x, mask),
             sum=lambda x, axis: x.sum(axis),
+            warp_specialize=self.warp_specialize,
             where=where,
             zeros=lambda shape, dtype, layout: values(torch.zeros(shape, dtype=dtype)),
         )
@@ -208,7 +279,7 @@ class Machine:
             for name in ("async_load", "barrier", "fence_async_shared", "warpgroup_mma", "warpgroup_mma_wait")
         }
         here["gl"] = self.language()
-        here["async_copy"] = self
+        here["async_copy"], here["mbarrier"] = self, self.barriers()
         modules: dict[int, dict[str, Any]] = {}
         functions: dict[int, Callable[..., None]] = {}
 
@@ -244,4 +315,4 @@ def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
                 x = Pointer(memory, torch.tensor(x.storage_offset()))
             given.append(x)
         function(*given, **constants)
-        assert machine.is_idle(), "something is on its way when the program ends"
+        assert machine.under_way.is_nothing(), "something is on its way when the program ends"
