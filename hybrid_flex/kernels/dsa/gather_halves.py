@@ -10,13 +10,17 @@ With l = log2(e) scale, and columns cut into halves h, of which each warpgroup c
 What one warpgroup needs of the other is its part of the logits, 8 KB for 32 slots and 64 heads.  gather_hopper.py cuts
 the slots instead, so that both read all columns, and has room for two tiles, whose copies wait for products: 4260
 cycles for 64 slots of 512 columns, where products take 2048 and the rows 2800 at 5.5 TB/s.  Here halves of the queries
-lie in registers, which leaves room for five tiles of half the slots.  `sparse_attention` does not choose this kernel
-yet: it has been compiled and modelled (tests/ops/dsa/gluon_machine.py), but not timed on a device.
+lie in registers, which leaves room for five tiles of half the slots (with 576 columns four).  `sparse_attention` does
+not choose this kernel yet: it has been compiled and modelled (tests/ops/dsa/gluon_machine.py), not timed on a device.
 
 # NOTE [A step]
 A step weighs a tile.  It begins by starting the products of the next one's logits and of the sums over the last one,
-and ends by waiting for both; then it hands its part of the next logits over.  Of the five buffers one is read by each
-of these products, one holds the tile that is weighed, and two are being copied.
+and ends by waiting for both; then it hands its part of the next logits over.  Of the buffers one is read by each of
+these products, one holds the tile that is weighed, and the others are being copied, AHEAD - 1 in number.
+
+# NOTE [Rest]
+The last 64 of 576 columns, which are no values, are multiplied by the first warpgroup.  Where there are none, the tiles
+themselves stand for theirs: a partition takes tensors only, not None.
 
 # NOTE [Hand over]
 Parts lie in two places that take turns, and so do the barriers that say they are there.  A warpgroup writes the part of
@@ -40,24 +44,32 @@ from .gather_hopper import LN_2, LOG2_E, LOWEST, barrier, copy_rows, load_slots,
 
 HEADS = gl.constexpr(64)
 SLOTS = gl.constexpr(32)
-BUFFERS = gl.constexpr(5)
 
 
 @gluon.jit
-def copy_tile(s_tile, p_k, b_slot, k_row, layout: gl.constexpr):
+def copy_tile(s_tiles, s_rest, i, p_k, b_slot, k_row, layout: gl.constexpr, rest_layout: gl.constexpr):
     """Start copying half of the selected rows of a tile, as one group."""
-    # NOTE [Zero rows] in gather_hopper.py
-    copy_rows(s_tile, p_k + gl.maximum(b_slot, 0).to(gl.int64) * k_row, b_slot >= 0, 0, layout)
+    m_slot = b_slot >= 0  # NOTE [Zero rows] in gather_hopper.py
+    b_row = gl.maximum(b_slot, 0).to(gl.int64) * k_row
+    copy_rows(s_tiles.index(i), p_k + b_row, m_slot, 0, layout)
+    if s_rest.shape[2] < s_tiles.shape[2]:  # NOTE [Rest]
+        row: gl.constexpr = gl.SliceLayout(1, rest_layout)
+        p_rows = p_k + gl.convert_layout(b_row, row)
+        copy_rows(s_rest.index(i), p_rows, gl.convert_layout(m_slot, row), 2 * s_tiles.shape[2], rest_layout)
     async_copy.commit_group()
 
 
 @gluon.jit
-def multiply(b_q, s_q, s_tile, layout: gl.constexpr):
+def multiply(b_q, s_q, s_q_rest, s_tiles, s_rest, i, layout: gl.constexpr):
     """Start multiplying queries, half of which lie in registers, with the rows of a tile."""
+    s_tile = s_tiles.index(i)
     b_s = gl.zeros([HEADS, SLOTS], gl.float32, layout)
     s_held = s_tile.slice(0, b_q.shape[1], 1).permute((1, 0))
     b_s = warpgroup_mma(b_q, s_held, b_s, use_acc=False, is_async=True)
-    return warpgroup_mma(s_q, s_tile.slice(b_q.shape[1], s_q.shape[1], 1).permute((1, 0)), b_s, is_async=True)
+    b_s = warpgroup_mma(s_q, s_tile.slice(b_q.shape[1], s_q.shape[1], 1).permute((1, 0)), b_s, is_async=True)
+    if s_rest.shape[2] < s_tiles.shape[2]:
+        b_s = warpgroup_mma(s_q_rest, s_rest.index(i).permute((1, 0)), b_s, is_async=True)
+    return b_s
 
 
 @gluon.jit
@@ -76,14 +88,17 @@ def hand_over(b_own, s_own, ready, i):
 
 @gluon.jit
 def attend_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q, s_tiles, s_own, s_other, own_ready, other_ready,
-    HALF: gl.constexpr,
+    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q, s_q_rest, s_tiles, s_rest, s_own, s_other,
+    own_ready, other_ready, HALF: gl.constexpr,
 ):  # fmt: skip
     """Compute half of the columns of o; the first half lse as well."""
     C: gl.constexpr = s_tiles.shape[2]
     HELD: gl.constexpr = C - s_q.shape[1]
+    BUFFERS: gl.constexpr = s_tiles.shape[0]
+    AHEAD: gl.constexpr = BUFFERS - 2
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
     COPY_Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HELD, HELD // 8], [4, 1], [1, 0])
+    COPY_REST: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -102,30 +117,34 @@ def attend_half(
     b_q = s_q.load(gl.DotOperandLayout(0, S, 2))
     barrier()
     copy_rows(s_q, p_heads, i_head < G, HELD, COPY_Q)
-    for n in gl.static_range(3):
-        copy_tile(s_tiles.index(n), p_k, load_slots(p_slots, n * SLOTS, number, SLOTS, ROW), k_row, COPY)
-    b_slot = load_slots(p_slots, 3 * SLOTS, number, SLOTS, ROW)
+    if s_rest.shape[2] < C:
+        i_row = gl.arange(0, HEADS, gl.SliceLayout(1, COPY_REST))
+        copy_rows(s_q_rest, p_q + i_row.to(gl.int64) * q_head, i_row < G, 2 * C, COPY_REST)
+    for n in gl.static_range(AHEAD):
+        b_slot = load_slots(p_slots, n * SLOTS, number, SLOTS, ROW)
+        copy_tile(s_tiles, s_rest, n, p_k, b_slot, k_row, COPY, COPY_REST)
+    b_slot = load_slots(p_slots, AHEAD * SLOTS, number, SLOTS, ROW)
 
     b_m = gl.full([HEADS], LOWEST, gl.float32, SUM)
     b_L = gl.zeros([HEADS], gl.float32, SUM)
     b_o = gl.zeros([HEADS, C], gl.float32, O)
     # The first step has no tile before it: its values get no weight.
     b_p, b_a = gl.zeros([HEADS, SLOTS], dtype, WEIGHTS), gl.full([HEADS], 1.0, gl.float32, SUM)
-    async_copy.wait_group(2)
+    async_copy.wait_group(AHEAD - 1)
     fence_async_shared()
-    b_own = multiply(b_q, s_q, s_tiles.index(0), S)
+    b_own = multiply(b_q, s_q, s_q_rest, s_tiles, s_rest, 0, S)
     b_own = warpgroup_mma_wait(0, deps=[b_own])
     hand_over(b_own, s_own, own_ready, 0)
     i_last, i_tile, turn, phase = 0, 0, 0, 0
     for j in range(0, number, SLOTS):  # NOTE [A step]
-        async_copy.wait_group(1)
+        async_copy.wait_group(AHEAD - 2)
         fence_async_shared()
         i_next = gl.where(i_tile == BUFFERS - 1, 0, i_tile + 1)
-        i_free = gl.where(i_tile < 2, i_tile + 3, i_tile - 2)
-        b_next = multiply(b_q, s_q, s_tiles.index(i_next), S)
+        i_free = gl.where(i_tile < 2, i_tile + AHEAD, i_tile - 2)
+        b_next = multiply(b_q, s_q, s_q_rest, s_tiles, s_rest, i_next, S)
         b_o = warpgroup_mma(b_p, s_tiles.index(i_last), b_o * as_rows(b_a, O), is_async=True)
-        copy_tile(s_tiles.index(i_free), p_k, b_slot, k_row, COPY)
-        b_slot = load_slots(p_slots, j + 4 * SLOTS, number, SLOTS, ROW)
+        copy_tile(s_tiles, s_rest, i_free, p_k, b_slot, k_row, COPY, COPY_REST)
+        b_slot = load_slots(p_slots, j + (AHEAD + 1) * SLOTS, number, SLOTS, ROW)
         mbarrier.wait(other_ready.index(turn), phase)  # NOTE [Hand over]
         b_s = (b_own + s_other.index(turn).load(S)) * factor
         b_s = mask_slots(b_s, p_slots, j, number, has_gaps, SLOTS)
@@ -160,31 +179,35 @@ def attend_half(
 
 @gluon.jit
 def first_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_0, s_1, s_s0, s_s1, ready0, ready1
+    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0, s_s1, ready0,
+    ready1,
 ):  # fmt: skip
     attend_half(
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_0, s_s0, s_s1, ready0, ready1, 0
+        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_qr, s_0, s_r, s_s0, s_s1, ready0, ready1, 0
     )  # fmt: skip
 
 
 @gluon.jit
 def second_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_0, s_1, s_s0, s_s1, ready0, ready1
+    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0, s_s1, ready0,
+    ready1,
 ):  # fmt: skip
     attend_half(
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q1, s_1, s_s1, s_s0, ready1, ready0, 1
+        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q1, s_q1, s_1, s_1, s_s1, s_s0, ready1, ready0, 1
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["T", "J"])
 def gather_halves_kernel(
     p_q, p_k, p_slots, p_o, p_lse, scale, T, J, q_batch, q_token, q_head, k_batch, k_row, k_head,
-    H: gl.constexpr, HKV: gl.constexpr, V: gl.constexpr,
+    H: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Compute o and lse of one token for 64 heads that share a key head, keys and values being the same V columns."""
+    """Compute o and lse of one token for 64 heads that share a key head, values being the first V of D columns."""
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     PART: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
     C: gl.constexpr = V // 2
+    REST: gl.constexpr = D - V
+    BUFFERS: gl.constexpr = 5 if REST == 0 else 4
     G: gl.constexpr = H // HKV
     TILES: gl.constexpr = (G + HEADS - 1) // HEADS
     dtype: gl.constexpr = p_k.dtype.element_ty
@@ -204,6 +227,11 @@ def gather_halves_kernel(
     s_q1 = gl.allocate_shared_memory(dtype, [HEADS, C // 2], TILE)
     s_0 = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, C], TILE)
     s_1 = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, C], TILE)
+    s_qr = s_q0
+    s_r = s_0
+    if REST > 0:
+        s_qr = gl.allocate_shared_memory(dtype, [HEADS, REST], TILE)
+        s_r = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, REST], TILE)
     s_s0 = gl.allocate_shared_memory(gl.float32, [2, HEADS, SLOTS], PART)
     s_s1 = gl.allocate_shared_memory(gl.float32, [2, HEADS, SLOTS], PART)
     ready0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -212,7 +240,7 @@ def gather_halves_kernel(
         mbarrier.init(ready0.index(n), count=1)
         mbarrier.init(ready1.index(n), count=1)
     arguments = (
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G - i_first, J, scale, s_q0, s_q1, s_0, s_1, s_s0, s_s1, ready0,
-        ready1,
+        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G - i_first, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0,
+        s_s1, ready0, ready1,
     )  # fmt: skip
     gl.warp_specialize([(first_half, arguments), (second_half, arguments)], [4], [256])

@@ -55,7 +55,7 @@ VALUE_DIM = 512
 KEY_DIMS = (512, 576)
 # Of a token whose slots gather.py cuts into that many spans, its kernel is the faster one, by what a tile takes.
 ENOUGH_SPANS = 4
-# Whether rows of 512 columns are left to gather_halves.py: once that has been timed on a device.
+# Whether rows are left to gather_halves.py: once that has been timed on a device.
 IN_HALVES = False
 
 
@@ -297,9 +297,10 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
     indices = indices.contiguous()
     q, k = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k))
     grid, arguments = (B * T * programs,), (q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k))
-    if IN_HALVES and D == VALUE_DIM:
+    constants = {"H": H, "HKV": HKV, "D": D, "V": VALUE_DIM}
+    if IN_HALVES:
         from .gather_halves import gather_halves_kernel
 
-        gather_halves_kernel[grid](*arguments, H=H, HKV=HKV, V=VALUE_DIM, num_warps=4)
+        gather_halves_kernel[grid](*arguments, **constants, num_warps=4)
         return
-    gather_hopper_kernel[grid](*arguments, H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8)
+    gather_hopper_kernel[grid](*arguments, **constants, BH=HEADS, BN=64, num_warps=8)

@@ -108,6 +108,7 @@ def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) 
         ("gather_hopper", (2, 2, 90, 80, 2, 512, 70)),
         ("gather_hopper", (1, 2, 90, 70, 1, 512, 1)),
         ("gather_halves", (1, 3, 700, 64, 1, 512, 300)),
+        ("gather_halves", (1, 3, 700, 64, 1, 576, 200)),
         ("gather_halves", (2, 2, 90, 80, 2, 512, 70)),
         ("gather_halves", (1, 2, 90, 70, 1, 512, 1)),
     ],
@@ -116,7 +117,7 @@ def test_gather(kernel: str, sizes: tuple[int, ...], gaps: bool, run: Callable[.
     from hybrid_flex.kernels.dsa.gather_hopper import HEADS, VALUE_DIM
 
     module = importlib.import_module(f"hybrid_flex.kernels.dsa.{kernel}")
-    constants = {"BH": HEADS, "BN": 64, "D": sizes[5]} if kernel == "gather_hopper" else {}
+    constants = {"BH": HEADS, "BN": 64} if kernel == "gather_hopper" else {}
 
     B, T, S, H, HKV, D, J = sizes
     q, k = rows(B, T, H, D, seed=1), rows(B, S, HKV, D, seed=2)
@@ -129,6 +130,6 @@ def test_gather(kernel: str, sizes: tuple[int, ...], gaps: bool, run: Callable[.
     programs = B * T * HKV * -(-(H // HKV) // HEADS)
     run(
         getattr(module, f"{kernel}_kernel"), programs, q, k, indices, o, lse, SCALE, T, J, *q.stride()[:3],
-        *k.stride()[:3], H=H, HKV=HKV, V=VALUE_DIM, **constants,
+        *k.stride()[:3], H=H, HKV=HKV, D=D, V=VALUE_DIM, **constants,
     )  # fmt: skip
     check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices)
