@@ -133,3 +133,41 @@ def test_gather(kernel: str, sizes: tuple[int, ...], gaps: bool, run: Callable[.
         *k.stride()[:3], H=H, HKV=HKV, D=D, V=VALUE_DIM, **constants,
     )  # fmt: skip
     check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices)
+
+
+def test_the_model_shows_what_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from gluon_machine import Barriers, Machine, Pointer
+
+    machine, ones = Machine(), torch.ones(4, 4)
+    shared = machine.allocate_shared_memory(torch.float32, [4, 4], None)
+    pointers = Pointer(ones.flatten(), torch.arange(16).view(4, 4))
+
+    def product() -> Tensor:
+        return machine.warpgroup_mma_wait(0, deps=[machine.warpgroup_mma(ones, shared, ones, is_async=True)])
+
+    machine.async_load(shared, pointers)
+    machine.commit_group()
+    machine.fence_async_shared()
+    assert shared.load(None).isnan().all() and product().isnan().all()
+    machine.wait_group(0)
+    assert (shared.load(None) == 1).all() and product().isnan().all()
+    machine.fence_async_shared()
+    assert (product() == 5).all()
+    begun = machine.warpgroup_mma(ones, shared, ones, is_async=True)
+    later = machine.warpgroup_mma(ones, shared, begun, is_async=True)
+    with pytest.raises(AssertionError, match="before it is waited for"):
+        machine.warpgroup_mma_wait(1, deps=[later])
+    machine.async_load(shared, pointers)
+    with pytest.raises(AssertionError, match="changed under a product"):
+        machine.warpgroup_mma_wait(0, deps=[later])
+    with pytest.raises(AssertionError, match="outside"):
+        (pointers + 1).load()
+
+    monkeypatch.setattr(Barriers, "PATIENCE", 0.01)
+    barriers = machine.allocate_shared_memory(torch.int64, [2, 1], machine.barriers().MBarrierLayout())
+    barriers.index(1).count = 1
+    with pytest.raises(AssertionError, match="nobody arrives"):
+        barriers.index(1).wait(0)
+    barriers.index(1).arrive(1)
+    barriers.index(1).wait(0)
