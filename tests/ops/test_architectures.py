@@ -74,32 +74,29 @@ def compiled(launch: Launch, architecture: int) -> tuple[str, int]:
     return kernel.fn.__name__, binary.metadata.shared
 
 
+GATHER = {"H": 64, "HKV": 1, "V": 512}
+MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
+# Kernels in Gluon, constants and warps.
+HOPPER = [
+    ("gather_hopper", {"D": 512, "BH": 64, "BN": 64, **GATHER}, 8),
+    ("gather_hopper", {"D": 576, "BH": 64, "BN": 64, **GATHER}, 8),
+    ("gather_halves", {"D": 512, **GATHER}, 4),
+    ("gather_halves", {"D": 576, **GATHER}, 4),
+    ("masked_hopper", {"D": 64, **MASKED}, 8),
+    ("masked_hopper", {"D": 128, **MASKED}, 8),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_BYTES)
 def test_every_kernel_compiles(architecture: int, kernel_names: set[str]) -> None:
     with ThreadPoolExecutor(2) as pool:
         sizes = list(pool.map(lambda launch: compiled(launch, architecture), launches(architecture)))
     assert not [(name, size) for name, size in sizes if size > SHARED_BYTES[architecture]]
-    assert kernel_names - {"gather_halves_kernel", "gather_hopper_kernel", "masked_hopper_kernel"} == {
-        name for name, _ in sizes
-    }
+    assert kernel_names - {f"{kernel}_kernel" for kernel, *_ in HOPPER} == {name for name, _ in sizes}
 
 
-GATHER = {"H": 64, "HKV": 1, "V": 512}
-MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
-
-
-@pytest.mark.parametrize(
-    ("kernel", "sizes", "num_warps"),
-    [
-        ("gather_hopper", {"D": 512, "BH": 64, "BN": 64, **GATHER}, 8),
-        ("gather_hopper", {"D": 576, "BH": 64, "BN": 64, **GATHER}, 8),
-        ("gather_halves", {"D": 512, **GATHER}, 4),
-        ("gather_halves", {"D": 576, **GATHER}, 4),
-        ("masked_hopper", {"D": 64, **MASKED}, 8),
-        ("masked_hopper", {"D": 128, **MASKED}, 8),
-    ],
-)
+@pytest.mark.parametrize(("kernel", "sizes", "num_warps"), HOPPER)
 def test_the_hopper_kernels_compile(kernel: str, sizes: dict[str, int], num_warps: int) -> None:
     """Gluon is an experiment of Triton's, so these are compiled every time."""
     from triton.backends.compiler import GPUTarget

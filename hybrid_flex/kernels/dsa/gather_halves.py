@@ -19,8 +19,7 @@ and ends by waiting for both; then it hands its part of the next logits over.  O
 these products, one holds the tile that is weighed, and the others are being copied, AHEAD - 1 in number.
 
 # NOTE [Rest]
-The last 64 of 576 columns, which are no values, are multiplied by the first warpgroup.  Where there are none, the tiles
-themselves stand for theirs: a partition takes tensors only, not None.
+The last 64 of 576 columns, which are no values, are multiplied by the first warpgroup.
 
 # NOTE [Hand over]
 Parts lie in two places that take turns, and so do the barriers that say they are there.  A warpgroup writes the part of
@@ -40,23 +39,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .gather_hopper import LN_2, LOG2_E, LOWEST, barrier, copy_rows, load_slots, look_through, mask_slots
+from .gather import LN_2, LOG2_E, LOWEST
+from .gather_hopper import (
+    as_operand,
+    as_rows,
+    barrier,
+    copy_rows,
+    copy_tile,
+    load_slots,
+    look_through,
+    mask_slots,
+    weigh,
+)
 
 HEADS = gl.constexpr(64)
 SLOTS = gl.constexpr(32)
-
-
-@gluon.jit
-def copy_tile(s_tiles, s_rest, i, p_k, b_slot, k_row, layout: gl.constexpr, rest_layout: gl.constexpr):
-    """Start copying half of the selected rows of a tile, as one group."""
-    m_slot = b_slot >= 0  # NOTE [Zero rows] in gather_hopper.py
-    b_row = gl.maximum(b_slot, 0).to(gl.int64) * k_row
-    copy_rows(s_tiles.index(i), p_k + b_row, m_slot, 0, layout)
-    if s_rest.shape[2] < s_tiles.shape[2]:  # NOTE [Rest]
-        row: gl.constexpr = gl.SliceLayout(1, rest_layout)
-        p_rows = p_k + gl.convert_layout(b_row, row)
-        copy_rows(s_rest.index(i), p_rows, gl.convert_layout(m_slot, row), 2 * s_tiles.shape[2], rest_layout)
-    async_copy.commit_group()
 
 
 @gluon.jit
@@ -67,15 +64,9 @@ def multiply(b_q, s_q, s_q_rest, s_tiles, s_rest, i, layout: gl.constexpr):
     s_held = s_tile.slice(0, b_q.shape[1], 1).permute((1, 0))
     b_s = warpgroup_mma(b_q, s_held, b_s, use_acc=False, is_async=True)
     b_s = warpgroup_mma(s_q, s_tile.slice(b_q.shape[1], s_q.shape[1], 1).permute((1, 0)), b_s, is_async=True)
-    if s_rest.shape[2] < s_tiles.shape[2]:
+    if s_rest is not None:  # NOTE [Rest]
         b_s = warpgroup_mma(s_q_rest, s_rest.index(i).permute((1, 0)), b_s, is_async=True)
     return b_s
-
-
-@gluon.jit
-def as_rows(b_x, layout: gl.constexpr):
-    """Return what belongs to the rows of the logits in the layout of the sums."""
-    return gl.convert_layout(b_x, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
 
 
 @gluon.jit
@@ -88,17 +79,15 @@ def hand_over(b_own, s_own, ready, i):
 
 @gluon.jit
 def attend_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q, s_q_rest, s_tiles, s_rest, s_own, s_other,
-    own_ready, other_ready, HALF: gl.constexpr,
+    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, lse_heads, J, scale, s_q, s_tiles, s_own, s_other, own_ready,
+    other_ready, s_q_rest=None, s_rest=None,
 ):  # fmt: skip
-    """Compute half of the columns of o; the first half lse as well."""
+    """Compute half of the columns of o, and lse of the first ``lse_heads``; all pointers are to the half."""
     C: gl.constexpr = s_tiles.shape[2]
     HELD: gl.constexpr = C - s_q.shape[1]
     BUFFERS: gl.constexpr = s_tiles.shape[0]
     AHEAD: gl.constexpr = BUFFERS - 2
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // C, C // 8], [4, 1], [1, 0])
-    COPY_Q: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HELD, HELD // 8], [4, 1], [1, 0])
-    COPY_REST: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O, 2)
@@ -106,23 +95,21 @@ def attend_half(
     SUM: gl.constexpr = gl.SliceLayout(1, S)
     dtype: gl.constexpr = p_k.dtype.element_ty
 
-    p_k += HALF * C
     number, has_gaps = look_through(p_slots, J, 4)
     factor = gl.cast(scale, gl.float32) * LOG2_E
-    i_head = gl.arange(0, HEADS, gl.SliceLayout(1, COPY_Q))
-    p_heads = p_q + HALF * C + i_head.to(gl.int64) * q_head
-    copy_rows(s_q, p_heads, i_head < G, 0, COPY_Q)
+    i_head = gl.arange(0, HEADS, ROW)
+    p_heads = p_q + i_head.to(gl.int64) * q_head
+    copy_rows(s_q, p_heads, i_head < G, 0, COPY)
     async_copy.commit_group()
     async_copy.wait_group(0)
     b_q = s_q.load(gl.DotOperandLayout(0, S, 2))
     barrier()
-    copy_rows(s_q, p_heads, i_head < G, HELD, COPY_Q)
-    if s_rest.shape[2] < C:
-        i_row = gl.arange(0, HEADS, gl.SliceLayout(1, COPY_REST))
-        copy_rows(s_q_rest, p_q + i_row.to(gl.int64) * q_head, i_row < G, 2 * C, COPY_REST)
+    copy_rows(s_q, p_heads, i_head < G, HELD, COPY)
+    if s_rest is not None:
+        copy_rows(s_q_rest, p_heads, i_head < G, 2 * C, COPY)
     for n in gl.static_range(AHEAD):
         b_slot = load_slots(p_slots, n * SLOTS, number, SLOTS, ROW)
-        copy_tile(s_tiles, s_rest, n, p_k, b_slot, k_row, COPY, COPY_REST)
+        copy_tile(s_tiles, s_rest, n, p_k, b_slot, k_row, 2 * C, COPY)
     b_slot = load_slots(p_slots, AHEAD * SLOTS, number, SLOTS, ROW)
 
     b_m = gl.full([HEADS], LOWEST, gl.float32, SUM)
@@ -143,19 +130,15 @@ def attend_half(
         i_free = gl.where(i_tile < 2, i_tile + AHEAD, i_tile - 2)
         b_next = multiply(b_q, s_q, s_q_rest, s_tiles, s_rest, i_next, S)
         b_o = warpgroup_mma(b_p, s_tiles.index(i_last), b_o * as_rows(b_a, O), is_async=True)
-        copy_tile(s_tiles, s_rest, i_free, p_k, b_slot, k_row, COPY, COPY_REST)
+        copy_tile(s_tiles, s_rest, i_free, p_k, b_slot, k_row, 2 * C, COPY)
         b_slot = load_slots(p_slots, j + (AHEAD + 1) * SLOTS, number, SLOTS, ROW)
         mbarrier.wait(other_ready.index(turn), phase)  # NOTE [Hand over]
         b_s = (b_own + s_other.index(turn).load(S)) * factor
         b_s = mask_slots(b_s, p_slots, j, number, has_gaps, SLOTS)
-        b_largest = gl.maximum(b_m, gl.max(b_s, 1))
-        b_weight = gl.exp2(b_s - b_largest[:, None])
-        b_a = gl.exp2(b_m - b_largest)
-        b_L = b_L * b_a + gl.sum(b_weight, 1)
-        b_m = b_largest
+        b_weight, b_a, b_m, b_L = weigh(b_s, b_m, b_L)
         b_o, b_own, b_weight = warpgroup_mma_wait(0, deps=[b_o, b_next, b_weight])
         hand_over(b_own, s_own, own_ready, 1 - turn)
-        b_p = gl.convert_layout(b_weight.to(dtype), WEIGHTS, assert_trivial=True)
+        b_p = as_operand(b_weight, WEIGHTS, dtype)
         i_last, i_tile = i_tile, i_next
         phase ^= turn
         turn = 1 - turn
@@ -169,32 +152,11 @@ def attend_half(
     b_o = (b_o * as_rows(1.0 / b_total, O)).to(dtype)
     i_head = gl.arange(0, HEADS, gl.SliceLayout(1, O))
     p_rows = p_o + i_head * (2 * C)
-    i_column = HALF * C + gl.arange(0, C, gl.SliceLayout(0, O))
+    i_column = gl.arange(0, C, gl.SliceLayout(0, O))
     gl.store(p_rows[:, None] + i_column[None, :], b_o, mask=(i_head < G)[:, None])
-    if HALF == 0:
-        b_lse = gl.where(b_L > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
-        i_head = gl.arange(0, HEADS, SUM)
-        gl.store(p_lse + i_head, b_lse, mask=i_head < G)
-
-
-@gluon.jit
-def first_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0, s_s1, ready0,
-    ready1,
-):  # fmt: skip
-    attend_half(
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_qr, s_0, s_r, s_s0, s_s1, ready0, ready1, 0
-    )  # fmt: skip
-
-
-@gluon.jit
-def second_half(
-    p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0, s_s1, ready0,
-    ready1,
-):  # fmt: skip
-    attend_half(
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G, J, scale, s_q1, s_q1, s_1, s_1, s_s1, s_s0, ready1, ready0, 1
-    )  # fmt: skip
+    b_lse = gl.where(b_L > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
+    i_head = gl.arange(0, HEADS, SUM)
+    gl.store(p_lse + i_head, b_lse, mask=i_head < lse_heads)
 
 
 @gluon.jit(do_not_specialize=["T", "J"])
@@ -227,11 +189,6 @@ def gather_halves_kernel(
     s_q1 = gl.allocate_shared_memory(dtype, [HEADS, C // 2], TILE)
     s_0 = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, C], TILE)
     s_1 = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, C], TILE)
-    s_qr = s_q0
-    s_r = s_0
-    if REST > 0:
-        s_qr = gl.allocate_shared_memory(dtype, [HEADS, REST], TILE)
-        s_r = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, REST], TILE)
     s_s0 = gl.allocate_shared_memory(gl.float32, [2, HEADS, SLOTS], PART)
     s_s1 = gl.allocate_shared_memory(gl.float32, [2, HEADS, SLOTS], PART)
     ready0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -239,8 +196,16 @@ def gather_halves_kernel(
     for n in gl.static_range(2):
         mbarrier.init(ready0.index(n), count=1)
         mbarrier.init(ready1.index(n), count=1)
-    arguments = (
-        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, G - i_first, J, scale, s_q0, s_q1, s_qr, s_0, s_1, s_r, s_s0,
-        s_s1, ready0, ready1,
+    heads = G - i_first
+    first = (
+        p_q, q_head, p_k, k_row, p_slots, p_o, p_lse, heads, heads, J, scale, s_q0, s_0, s_s0, s_s1, ready0, ready1
     )  # fmt: skip
-    gl.warp_specialize([(first_half, arguments), (second_half, arguments)], [4], [256])
+    second = (
+        p_q + C, q_head, p_k + C, k_row, p_slots, p_o + C, p_lse, heads, 0, J, scale, s_q1, s_1, s_s1, s_s0, ready1,
+        ready0,
+    )  # fmt: skip
+    if REST > 0:
+        s_q_rest = gl.allocate_shared_memory(dtype, [HEADS, REST], TILE)
+        s_rest = gl.allocate_shared_memory(dtype, [BUFFERS, SLOTS, REST], TILE)
+        first += (s_q_rest, s_rest)
+    gl.warp_specialize([(attend_half, first), (attend_half, second)], [4], [256])

@@ -35,17 +35,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from hybrid_flex.kernels.launch import device_limits, on_its_device
 
-from .gather import launch_gather
+from .gather import LN_2, LOG2_E, LOWEST, launch_gather
 from .spans import cut
 
 # Names of Triton 3.7 and 3.9, and what they were before.
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-# Below every logit in base 2, and finite: a difference of two of them is 0, not NaN.
-LOWEST = gl.constexpr(-3.0e38)
 COUNTED = gl.constexpr(2048)
 # NOTE [Early copies]: columns of the logits that are multiplied while the sums are.
 FIRST = gl.constexpr(256)
@@ -89,14 +85,39 @@ def copy_rows(s_x, p_rows, m_rows, C0: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, layout: gl.constexpr):
-    """Start copying the selected rows of a tile, as one group."""
-    p_rows = p_k + gl.maximum(b_slot, 0).to(gl.int64) * k_row
-    m_rows = b_slot >= 0  # NOTE [Zero rows]
-    copy_rows(s_k.index(i_buffer), p_rows, m_rows, 0, layout)
+def copy_selected(s_x, i_buffer, p_x, b_slot, x_row, C0: gl.constexpr, layout: gl.constexpr):
+    """Start copying columns from C0 on of the selected rows: NOTE [Zero rows]."""
+    copy_rows(s_x.index(i_buffer), p_x + gl.maximum(b_slot, 0).to(gl.int64) * x_row, b_slot >= 0, C0, layout)
+
+
+@gluon.jit
+def copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, V: gl.constexpr, layout: gl.constexpr):
+    """Start copying the selected rows of a tile, as one group; the rest of the keys lies behind V columns."""
+    copy_selected(s_k, i_buffer, p_k, b_slot, k_row, 0, layout)
     if s_kr is not None:
-        copy_rows(s_kr.index(i_buffer), p_rows, m_rows, s_k.shape[2], layout)
+        copy_selected(s_kr, i_buffer, p_k, b_slot, k_row, V, layout)
     async_copy.commit_group()
+
+
+@gluon.jit
+def as_rows(b_x, layout: gl.constexpr):
+    """Return what belongs to the rows of the logits in the layout of the sums."""
+    return gl.convert_layout(b_x, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def as_operand(b_p, layout: gl.constexpr, dtype: gl.constexpr):
+    """Return weights as the next product reads them, out of registers."""
+    return gl.convert_layout(b_p.to(dtype), layout, assert_trivial=True)
+
+
+@gluon.jit
+def weigh(b_s, b_m, b_L):
+    """Return the weights of a tile, what scales the sums, and the new maxima and totals."""
+    b_largest = gl.maximum(b_m, gl.max(b_s, 1))
+    b_p = gl.exp2(b_s - b_largest[:, None])
+    b_a = gl.exp2(b_m - b_largest)
+    return b_p, b_a, b_largest, b_L * b_a + gl.sum(b_p, 1)
 
 
 @gluon.jit
@@ -150,7 +171,7 @@ def add_values(
     b_a = gl.exp2(b_m - b_largest)
     b_L = b_L * b_a[:, None] + b_p
     s_p.store(b_p.to(s_p.dtype))  # NOTE [Two warpgroups]
-    b_o = b_o * gl.convert_layout(b_a, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+    b_o = b_o * as_rows(b_a, O)
     b_o = warpgroup_mma(s_p.load(gl.DotOperandLayout(0, O, 2)), s_keys, b_o, is_async=True)
     return b_largest, b_L, b_o
 
@@ -199,7 +220,7 @@ def gather_hopper_kernel(
     copy_rows(s_q, p_heads, m_head, 0, ROWS)
     if REST > 0:
         copy_rows(s_qr, p_heads, m_head, V, ROWS)
-    copy_tile(s_k, s_kr, 0, p_k, b_slot, k_row, ROWS)
+    copy_tile(s_k, s_kr, 0, p_k, b_slot, k_row, V, ROWS)
     b_slot = load_slots(p_slots, BN, J, BN, HEAD)
     number, has_gaps = look_through(p_slots, J, 8)
     # Inductor passes numbers as float64.
@@ -211,7 +232,7 @@ def gather_hopper_kernel(
     b_none = gl.zeros([BH, BN], gl.float32, S)
     async_copy.wait_group(0)
     fence_async_shared()
-    copy_tile(s_k, s_kr, 1, p_k, b_slot, k_row, ROWS)
+    copy_tile(s_k, s_kr, 1, p_k, b_slot, k_row, V, ROWS)
     b_slot = load_slots(p_slots, 2 * BN, J, BN, HEAD)
     b_s = multiply(s_q, s_k.index(0), b_none, 0, FIRST, False)
     b_s = multiply_others(s_q, s_qr, s_k.index(0), s_kr, 0, b_s)
@@ -228,7 +249,7 @@ def gather_hopper_kernel(
         b_s = multiply(s_q, s_next, b_none, 0, FIRST, False)
         b_o = warpgroup_mma_wait(1, deps=[b_o])
         barrier()  # the other warpgroup has read this tile as well
-        copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, ROWS)
+        copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, V, ROWS)
         b_s = multiply_others(s_q, s_qr, s_next, s_kr, 1 - i_buffer, b_s)
         b_slot = load_slots(p_slots, j + 3 * BN, J, BN, HEAD)
         b_s = warpgroup_mma_wait(0, deps=[b_s])
@@ -244,7 +265,7 @@ def gather_hopper_kernel(
     # With any key the sum is at least 1, the weight of the largest logit.
     b_sum = gl.sum(b_L, 1)
     b_total = gl.maximum(b_sum, 1.0)
-    b_r = gl.convert_layout(1.0 / b_total, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+    b_r = as_rows(1.0 / b_total, O)
     # Through the place of the queries, for whole rows.
     s_q.store((b_o * b_r).to(dtype))
     i_head = gl.arange(0, BH, gl.SliceLayout(1, OUT))
@@ -256,9 +277,14 @@ def gather_hopper_kernel(
     gl.store(p_lse + i_heads + i_head, b_lse, mask=i_first + i_head < G)
 
 
+def is_on_hopper(x: Tensor) -> bool:
+    """Tell whether kernels in Gluon take tensors of this dtype, on this device."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and device_limits(x.device)[1] == 9
+
+
 def is_served(q: Tensor, k: Tensor, value_dim: int) -> bool:
     """Tell whether the kernel takes latent rows of this kind, on this device: 33 heads or more, or it would pad."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or device_limits(q.device)[1] != 9:
+    if not is_on_hopper(q):
         return False
     return value_dim == VALUE_DIM and q.shape[3] in KEY_DIMS and 2 * (q.shape[2] // k.shape[2]) > HEADS
 
@@ -274,6 +300,11 @@ def lies_on_lines(x: Tensor) -> bool:
     Of a stride Triton knows whether it is a multiple of 16 elements, not of 8.
     """
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in strides(x))
+
+
+def on_lines(x: Tensor) -> Tensor:
+    """Return x, or a copy that lies on lines."""
+    return x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @on_its_device
@@ -295,7 +326,7 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
         launch_gather(q, k, k[..., :VALUE_DIM], indices, scale, o=o, lse=lse)
         return
     indices = indices.contiguous()
-    q, k = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k))
+    q, k = on_lines(q), on_lines(k)
     grid, arguments = (B * T * programs,), (q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k))
     constants = {"H": H, "HKV": HKV, "D": D, "V": VALUE_DIM}
     if IN_HALVES:

@@ -63,8 +63,9 @@ WORD_TILE = 64
 
 
 @triton.jit
-def add_bits(p_words, b_word, b_bits, m_bits):
-    tl.atomic_or(p_words + b_word, b_bits, mask=m_bits & (b_bits != 0), sem="relaxed")
+def add_bits(p_words, b_word, b_bits):
+    """Set bits of words, where there are any."""
+    tl.atomic_or(p_words + b_word, b_bits, mask=b_bits != 0, sem="relaxed")
 
 
 @triton.jit
@@ -72,7 +73,7 @@ def carry_bit(p_words, b_word, b_bits, b_place, m_place):
     """Add a bit to the word that a thread carries, and write that one if the bit is not in it: NOTE [Runs]."""
     b_next = b_place >> 5
     m_other = b_next != b_word
-    add_bits(p_words, b_word, b_bits, m_other)
+    add_bits(p_words, b_word, tl.where(m_other, b_bits, 0))
     return b_next, tl.where(m_other, 0, b_bits) | (m_place.to(tl.int32) << (b_place & 31))
 
 
@@ -93,7 +94,7 @@ def mark_kernel(p_slots, p_union, J, S, T, TILES, WORDS, TILE: tl.constexpr, SLO
             b_slot = tl.load(p_slots + i_slot, mask=i_slot < J, other=-1).to(tl.int32)
             m_slot = (b_slot >= 0) & (b_slot < S)
             b_word, b_bits = carry_bit(p_union, b_word, b_bits, b_slot, m_slot)
-        add_bits(p_union, b_word, b_bits, True)
+        add_bits(p_union, b_word, b_bits)
 
 
 @triton.jit(do_not_specialize=["WORDS", "ROOM", "most"])
@@ -155,7 +156,7 @@ def pack_kernel(
             b_below = b_word & ((m_slot.to(tl.int32) << (b_slot & 31)) - 1)
             b_place = tl.load(p_before + (b_slot >> 5), mask=m_slot, other=0) + count_bits(b_below)
             b_chosen, b_bits = carry_bit(p_bits, b_chosen, b_bits, b_place, m_slot)
-        add_bits(p_bits, b_chosen, b_bits, True)
+        add_bits(p_bits, b_chosen, b_bits)
 
 
 @triton.jit

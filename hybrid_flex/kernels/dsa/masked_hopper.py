@@ -27,7 +27,6 @@ its 32 cycles, all that the memory gives; the copies need some of it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,9 +37,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hybrid_flex.kernels.launch import device_limits, next_power_of_2, on_its_device
+from hybrid_flex.kernels.launch import next_power_of_2, on_its_device
 
-from .gather_hopper import LN_2, LOG2_E, LOWEST, copy_rows, lies_on_lines, load_slots, strides
+from .gather import LN_2, LOG2_E, LOWEST
+from .gather_hopper import (
+    as_operand,
+    as_rows,
+    copy_rows,
+    copy_selected,
+    is_on_hopper,
+    load_slots,
+    on_lines,
+    strides,
+    weigh,
+)
 from .masked import ROWS, Unions
 
 BUFFERS = gl.constexpr(5)  # NOTE [Five buffers]
@@ -51,10 +61,8 @@ BITS_OF_MINUS_INFINITY = gl.constexpr(-(2**23))
 @gluon.jit
 def copy_tile(s_k, s_v, i_buffer, p_k, p_v, b_key, k_row, v_row, layout: gl.constexpr):
     """Start copying the keys and values of a tile, as one group."""
-    m_key = b_key >= 0  # NOTE [Zero rows] in gather_hopper.py
-    b_row = gl.maximum(b_key, 0).to(gl.int64)
-    copy_rows(s_k.index(i_buffer), p_k + b_row * k_row, m_key, 0, layout)
-    copy_rows(s_v.index(i_buffer), p_v + b_row * v_row, m_key, 0, layout)
+    copy_selected(s_k, i_buffer, p_k, b_key, k_row, 0, layout)
+    copy_selected(s_v, i_buffer, p_v, b_key, v_row, 0, layout)
     async_copy.commit_group()
 
 
@@ -66,8 +74,8 @@ def load_words(p_words, j, number):
 
 
 @gluon.jit
-def weigh(b_s, b_word0, b_word1, b_m, b_L, factor):
-    """Return the weights of a tile, what scales the sums, and the new maxima and totals."""
+def masked_logits(b_s, b_word0, b_word1, factor):
+    """Scale products to logits, -inf where a bit is 0."""
     i_key = gl.arange(0, b_s.shape[1], gl.SliceLayout(0, b_s.type.layout))[None, :]
     b_word = gl.where(i_key < 32, b_word0[:, None], b_word1[:, None])
     # A thread's columns are 8 n + 2 (lane % 4) + 0 or 1: one shift by its lane serves all, the others are constants.
@@ -75,23 +83,7 @@ def weigh(b_s, b_word0, b_word1, b_m, b_L, factor):
     # can hold, which costs 28 instructions of 578.
     b_keep = ((b_word >> (i_key & 6)) << (31 - (i_key & 25))) >> 31
     b_s = ((b_s * factor).to(gl.int32, bitcast=True) & b_keep) | (~b_keep & BITS_OF_MINUS_INFINITY)
-    b_s = b_s.to(gl.float32, bitcast=True)
-    b_largest = gl.maximum(b_m, gl.max(b_s, 1))
-    b_p = gl.exp2(b_s - b_largest[:, None])
-    b_a = gl.exp2(b_m - b_largest)
-    return b_p, b_a, b_largest, b_L * b_a + gl.sum(b_p, 1)
-
-
-@gluon.jit
-def as_rows(b_x, layout: gl.constexpr):
-    """Return what belongs to the rows of the logits in the layout of the sums."""
-    return gl.convert_layout(b_x, gl.SliceLayout(1, layout), assert_trivial=True)
-
-
-@gluon.jit
-def as_operand(b_p, layout: gl.constexpr, dtype: gl.constexpr):
-    """Return weights as the next product reads them, out of registers."""
-    return gl.convert_layout(b_p.to(dtype), layout, assert_trivial=True)
+    return b_s.to(gl.float32, bitcast=True)
 
 
 @gluon.jit(do_not_specialize=["T", "PADDED", "CHOSEN", "TILES", "ROOM"])
@@ -108,6 +100,7 @@ def masked_hopper_kernel(
     ROW: gl.constexpr = gl.SliceLayout(1, COPY)
     SUM: gl.constexpr = gl.SliceLayout(1, S)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    AHEAD: gl.constexpr = BUFFERS - 2
     G: gl.constexpr = H // HKV
     dtype: gl.constexpr = p_k.dtype.element_ty
 
@@ -132,10 +125,9 @@ def masked_hopper_kernel(
     i_query = i_first + i_row // BG
     p_rows = p_q + i_batch * q_batch + i_query.to(gl.int64) * q_token + (i_kv * G + i_row % BG) * q_head
     copy_rows(s_q, p_rows, (i_query < T) & (i_row % BG < G), 0, COPY)
-    copy_tile(s_k, s_v, 0, p_k, p_v, load_slots(p_keys, 0, number, BN, ROW), k_row, v_row, COPY)
-    copy_tile(s_k, s_v, 1, p_k, p_v, load_slots(p_keys, BN, number, BN, ROW), k_row, v_row, COPY)
-    copy_tile(s_k, s_v, 2, p_k, p_v, load_slots(p_keys, 2 * BN, number, BN, ROW), k_row, v_row, COPY)
-    b_key = load_slots(p_keys, 3 * BN, number, BN, ROW)
+    for n in gl.static_range(AHEAD):
+        copy_tile(s_k, s_v, n, p_k, p_v, load_slots(p_keys, n * BN, number, BN, ROW), k_row, v_row, COPY)
+    b_key = load_slots(p_keys, AHEAD * BN, number, BN, ROW)
     i_query = i_first + gl.arange(0, BM, SUM) // BG
     p_words = p_bits + (i_batch * PADDED + i_query) * CHOSEN
     b_word0, b_word1 = load_words(p_words, 0, number)
@@ -148,7 +140,7 @@ def masked_hopper_kernel(
     b_none = gl.zeros([BM, BN], gl.float32, S)
     # The first step has no tile before it: its values get no weight.
     b_p, b_a = gl.zeros([BM, BN], dtype, WEIGHTS), gl.full([BM], 1.0, gl.float32, SUM)
-    async_copy.wait_group(2)
+    async_copy.wait_group(AHEAD - 1)
     fence_async_shared()
     b_q = s_q.load(gl.DotOperandLayout(0, S, 2))  # NOTE [Queries in registers]
     b_s = warpgroup_mma(b_q, s_k.index(0).permute((1, 0)), b_none, use_acc=False, is_async=True)
@@ -156,31 +148,31 @@ def masked_hopper_kernel(
     i_last, i_buffer = 0, 0
     for j in range(0, number - BN, BN):
         # b_s are the logits of this tile, b_p the weights of the one before: NOTE [Side by side].
-        async_copy.wait_group(1)
+        async_copy.wait_group(AHEAD - 2)
         fence_async_shared()
         i_next = gl.where(i_buffer == BUFFERS - 1, 0, i_buffer + 1)
-        i_free = gl.where(i_buffer < 2, i_buffer + 3, i_buffer - 2)
+        i_free = gl.where(i_buffer < 2, i_buffer + AHEAD, i_buffer - 2)
         b_next = warpgroup_mma(b_q, s_k.index(i_next).permute((1, 0)), b_none, use_acc=False, is_async=True)
-        b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O)[:, None], is_async=True)
+        b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O), is_async=True)
         copy_tile(s_k, s_v, i_free, p_k, p_v, b_key, k_row, v_row, COPY)
-        b_key = load_slots(p_keys, j + 4 * BN, number, BN, ROW)
-        b_weight, b_a, b_m, b_L = weigh(b_s, b_word0, b_word1, b_m, b_L, factor)
+        b_key = load_slots(p_keys, j + (AHEAD + 1) * BN, number, BN, ROW)
+        b_weight, b_a, b_m, b_L = weigh(masked_logits(b_s, b_word0, b_word1, factor), b_m, b_L)
         b_word0, b_word1 = load_words(p_words, j + BN, number)
         b_o, b_s, b_weight = warpgroup_mma_wait(0, deps=[b_o, b_next, b_weight])
         b_p = as_operand(b_weight, WEIGHTS, dtype)
         i_last, i_buffer = i_buffer, i_next
     async_copy.wait_group(0)
     fence_async_shared()
-    b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O)[:, None], is_async=True)
-    b_weight, b_a, b_m, b_L = weigh(b_s, b_word0, b_word1, b_m, b_L, factor)
+    b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O), is_async=True)
+    b_weight, b_a, b_m, b_L = weigh(masked_logits(b_s, b_word0, b_word1, factor), b_m, b_L)
     b_o, b_weight = warpgroup_mma_wait(0, deps=[b_o, b_weight])
-    b_o, b_p = b_o * as_rows(b_a, O)[:, None], as_operand(b_weight, WEIGHTS, dtype)
+    b_o, b_p = b_o * as_rows(b_a, O), as_operand(b_weight, WEIGHTS, dtype)
     b_o = warpgroup_mma(b_p, s_v.index(i_buffer), b_o, is_async=True)
     b_o = warpgroup_mma_wait(0, deps=[b_o])
 
     # With any key the sum is at least 1, the weight of the largest logit.
     b_total = gl.maximum(b_L, 1.0)
-    b_r = as_rows(1.0 / b_total, O)[:, None]
+    b_r = as_rows(1.0 / b_total, O)
     # Through the place of the queries, for whole rows.
     s_q.store((b_o * b_r).to(dtype))
     i_query = i_first + i_row // BG
@@ -197,7 +189,7 @@ def masked_hopper_kernel(
 
 def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the kernel takes keys and values of this kind, on this device."""
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16) or device_limits(q.device)[1] != 9:
+    if not is_on_hopper(q):
         return False
     return q.shape[3] in WIDTHS and v.shape[3] == q.shape[3] and q.shape[2] // k.shape[2] <= ROWS
 
@@ -214,7 +206,7 @@ def launch_masked_hopper(
         o: output, ``[B, T, H, D]``, contiguous, in q's dtype.
         lse: output, ``[B, T, H]``, contiguous, float32.
     """
-    q, k, v = (x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v = on_lines(q), on_lines(k), on_lines(v)
     B, T, H, D = q.shape
     HKV, tiles = k.shape[2], unions.keys.shape[1]
     masked_hopper_kernel[(B * HKV * tiles,)](

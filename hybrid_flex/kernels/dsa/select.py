@@ -54,13 +54,18 @@ def as_float(x):
 
 
 @triton.jit
-def guess(p_keys, number, k, is_tail, SIZE: tl.constexpr):
-    """Return two values, as floats, that the k-th largest of ``p_keys[:number]`` may lie between.
+def load_sample(p_keys, number, SIZE: tl.constexpr):
+    """Load SIZE of ``p_keys[:number]``, evenly spaced; NONE where there are fewer."""
+    i = tl.arange(0, SIZE) * tl.maximum(number // SIZE, 1)
+    return tl.load(p_keys + i, mask=i < number, other=NONE)
+
+
+@triton.jit
+def guess(b_x, number, k, is_tail):
+    """Return two values, as floats, that the k-th largest of ``number`` keys may lie between, by a sample of them.
 
     ``is_tail``: these are what was left of more, the largest.
     """
-    i = tl.arange(0, SIZE) * tl.maximum(number // SIZE, 1)
-    b_x = tl.load(p_keys + i, mask=i < number, other=NONE)
     m = b_x != NONE
     b_v = tl.where(m, as_float(b_x), 0.0)
     size = tl.sum(m.to(tl.int32), 0).to(tl.float32)
@@ -209,25 +214,24 @@ def without_ties(b_x, x, missing):
 @triton.jit
 def reached_by(p_keys, number, wanted, SIZE: tl.constexpr):
     """Return a value that about ``wanted`` of ``p_keys[:number]`` reach, by a sample of SIZE of them."""
-    lower, upper = guess(p_keys, number, wanted, False, SIZE)
-    b_x = tl.load(p_keys + tl.arange(0, SIZE) * (number // SIZE))
+    b_x = load_sample(p_keys, number, SIZE)
+    lower, upper = guess(b_x, number, wanted, False)
     x, _ = kth_largest(b_x, tl.maximum(wanted * SIZE // number, 1), lower, upper)
     return x
 
 
 @triton.jit
 def append_above(
-    p_keys, p_columns, p_to, p_to_keys, x, kept, position, last, start, FIRST: tl.constexpr, SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    p_keys, p_columns, p_to, p_to_keys, x, kept, position, last, start, FIRST: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Append what is above x from ``position`` on to the candidates, SIZE columns at a time while there is room.
+    """Append what is above x from ``position`` on to the candidates, half a tile at a time while there is room.
 
     Returns:
         how many candidates there are, and the first column that is not among those looked at.
     """
     room = tl.full((), True, tl.int1)
     while (position < last) & room:
-        b_new = load_columns(p_keys + position, last - position, not FIRST, SIZE)
+        b_new = load_columns(p_keys + position, last - position, not FIRST, WIDTH // 2)
         i_new, number = places(b_new > x)
         room = kept + number <= WIDTH
         if room:
@@ -235,7 +239,7 @@ def append_above(
                 b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to + kept, p_to_keys + kept, True
             )  # fmt: skip
             kept += number
-            position += SIZE
+            position += WIDTH // 2
     return kept, position
 
 
@@ -306,10 +310,10 @@ def select_kernel(
         kept, position = none, none
         if FIRST:
             sampled = tl.full((), True, tl.int1)
-            x = tl.maximum(reached_by(p_keys, last, 5 * WIDTH // 8, max(1024, WIDTH // 8)), NONE + 1) - 1
+            x = tl.maximum(reached_by(p_keys, last, 5 * WIDTH // 8, max(1024, WIDTH // SAMPLE)), NONE + 1) - 1
     while walking:
         kept, position = append_above(
-            p_keys, p_columns, p_kept + side, p_kept_keys, x, kept, position, last, start, FIRST, WIDTH // 2, WIDTH
+            p_keys, p_columns, p_kept + side, p_kept_keys, x, kept, position, last, start, FIRST, WIDTH
         )
         if sampled & (kept < TOPK):
             x, kept, position = lowest, none, none
@@ -324,7 +328,8 @@ def select_kernel(
             listed = (not FIRST) | (not fits)
             above = lowest
             if kept > TOPK:
-                lower, upper = guess(p_list_keys, kept, TOPK, listed, WIDTH // SAMPLE)
+                b_sample = load_sample(p_list_keys, kept, WIDTH // SAMPLE)
+                lower, upper = guess(b_sample, kept, TOPK, listed)
                 x, missing = kth_largest(b_x, TOPK, lower, upper)
                 above = x
                 if (missing > 0) & (x != NONE):

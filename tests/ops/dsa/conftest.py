@@ -58,3 +58,20 @@ def packaged(tmp_path: Path) -> Callable[[ExportedProgram], Any]:
         return load_package(path)
 
     return load
+
+
+@pytest.fixture
+def called() -> list[str]:
+    """List the attention operators of the graphs that `listing` has been given."""
+    return []
+
+
+@pytest.fixture
+def listing(called: list[str]) -> Callable[..., Any]:
+    """Return a backend of the compiler that lists attention operators, and runs graphs as they are."""
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
+        return graph
+
+    return backend

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ SCALE = 0.2
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    from gluon_machine import run
+    return importlib.import_module("gluon_machine")
 
-    return run
+
+@pytest.fixture
+def run(machine: ModuleType) -> Callable[..., None]:
+    return machine.run
 
 
 def rows(*shape: int, seed: int) -> Tensor:
@@ -29,7 +33,7 @@ def rows(*shape: int, seed: int) -> Tensor:
 
 
 def select(B: int, T: int, S: int, J: int) -> Tensor:
-    """Draw ascending selections, the last token's without a key."""
+    """Draw ascending selections without an unused slot, for more tiles than buffers; the last token's has no key."""
     generator = torch.Generator().manual_seed(J)
     indices = torch.rand(B, T, S, generator=generator).argsort(-1)[..., :J].sort(-1).values.int()
     indices[-1, -1] = -1
@@ -135,37 +139,34 @@ def test_gather(kernel: str, sizes: tuple[int, ...], gaps: bool, run: Callable[.
     check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices)
 
 
-def test_the_model_shows_what_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    from gluon_machine import Barriers, Machine, Pointer
-
-    machine, ones = Machine(), torch.ones(4, 4)
-    shared = machine.allocate_shared_memory(torch.float32, [4, 4], None)
-    pointers = Pointer(ones.flatten(), torch.arange(16).view(4, 4))
+def test_the_model_shows_what_is_not_waited_for(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ones = machine.Machine(), torch.ones(4, 4)
+    shared = model.allocate_shared_memory(torch.float32, [4, 4], None)
+    pointers = machine.Pointer(ones.flatten(), torch.arange(16).view(4, 4))
 
     def product() -> Tensor:
-        return machine.warpgroup_mma_wait(0, deps=[machine.warpgroup_mma(ones, shared, ones, is_async=True)])
+        return model.warpgroup_mma_wait(0, deps=[model.warpgroup_mma(ones, shared, ones, is_async=True)])
 
-    machine.async_load(shared, pointers)
-    machine.commit_group()
-    machine.fence_async_shared()
+    model.async_load(shared, pointers)
+    model.commit_group()
+    model.fence_async_shared()
     assert shared.load(None).isnan().all() and product().isnan().all()
-    machine.wait_group(0)
+    model.wait_group(0)
     assert (shared.load(None) == 1).all() and product().isnan().all()
-    machine.fence_async_shared()
+    model.fence_async_shared()
     assert (product() == 5).all()
-    begun = machine.warpgroup_mma(ones, shared, ones, is_async=True)
-    later = machine.warpgroup_mma(ones, shared, begun, is_async=True)
+    begun = model.warpgroup_mma(ones, shared, ones, is_async=True)
+    later = model.warpgroup_mma(ones, shared, begun, is_async=True)
     with pytest.raises(AssertionError, match="before it is waited for"):
-        machine.warpgroup_mma_wait(1, deps=[later])
-    machine.async_load(shared, pointers)
+        model.warpgroup_mma_wait(1, deps=[later])
+    model.async_load(shared, pointers)
     with pytest.raises(AssertionError, match="changed under a product"):
-        machine.warpgroup_mma_wait(0, deps=[later])
+        model.warpgroup_mma_wait(0, deps=[later])
     with pytest.raises(AssertionError, match="outside"):
         (pointers + 1).load()
 
-    monkeypatch.setattr(Barriers, "PATIENCE", 0.01)
-    barriers = machine.allocate_shared_memory(torch.int64, [2, 1], machine.barriers().MBarrierLayout())
+    monkeypatch.setattr(machine.Barriers, "PATIENCE", 0.01)
+    barriers = model.allocate_shared_memory(torch.int64, [2, 1], model.barriers().MBarrierLayout())
     barriers.index(1).count = 1
     with pytest.raises(AssertionError, match="nobody arrives"):
         barriers.index(1).wait(0)

@@ -103,6 +103,10 @@ def test_prefill(name: str, kpool: int, launches: Launches) -> None:
     # Where there are never more than topk keys all are taken, and nothing is scored.
     per_block = 2 if most_T is None or most_T // kpool > 2048 else 1
     assert len(found) == per_block * blocks if kpool == 1 else len(found) <= per_block * blocks
+    for launch in found:
+        if "p_out" in launch:
+            written = [launch[name] for name in ("p_keys", "p_kept", "p_out_keys", "p_out")]
+            assert len(set(written)) == 4, "what a kernel may write through two arguments, torch would copy for one"
     if name in ("too-many", "unbounded"):
         return
     most: dict[Any, int | None] = {}

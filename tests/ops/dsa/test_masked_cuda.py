@@ -122,7 +122,9 @@ def test_strides(layout: str, selection: Callable[..., Tensor], kernel: None) ->
     assert all(relative(got[name], want[name]) <= 5e-3 for name in NAMES[3:])
 
 
-def test_the_hopper_kernel_in_a_graph(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+def test_the_hopper_kernel_in_a_graph(
+    monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None, called: list[str], listing: Callable[..., Any]
+) -> None:
     """It masks some tiles and leaves some."""
     from hybrid_flex.kernels.dsa import masked_hopper
 
@@ -130,14 +132,8 @@ def test_the_hopper_kernel_in_a_graph(monkeypatch: pytest.MonkeyPatch, fresh_dyn
     inputs, indices = [x.detach() for x in draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16)], causal(3000, 60)
     if not masked_hopper.is_served(*inputs):
         pytest.skip("a kernel for compute capability 9.0")
-    called: list[str] = []
-
-    def nodes(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
-        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
-        return graph
-
     torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_masked_hopper, (*inputs, indices, 0.1))
-    got = torch.compile(Attention(), fullgraph=True, backend=nodes)(*inputs, indices)
+    got = torch.compile(Attention(), fullgraph=True, backend=listing)(*inputs, indices)
     assert len(called) == 1 and "sparse_attention_masked_hopper" in called[0]
     want = sparse_attention(*(2 * x for x in inputs), indices, backend="gather")
     assert relative(got[0], want[0]) <= 5e-3
@@ -149,21 +145,17 @@ def test_opcheck(selection: Callable[..., Tensor]) -> None:
     torch.library.opcheck(torch.ops.hybrid_flex.sparse_attention_masked, (*inputs, indices, 0.1))
 
 
-def test_auto_takes_it_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+def test_auto_takes_it_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None, called: list[str], listing: Callable[..., Any]
+) -> None:
     """Lengths on both sides of the bounds, eager and as graphs; the selection decides which tiles it leaves."""
     monkeypatch.setattr(attention, "FEWEST_QUERIES", 256)
     monkeypatch.setattr(attention, "FEWEST_ROWS", 0)
     monkeypatch.setattr(attention, "UNION_BYTES", 500 * 500 // 128)
-    called: list[str] = []
-
-    def nodes(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., object]:
-        called.extend(str(node.target) for node in graph.graph.nodes if "sparse_attention" in str(node.target))
-        return graph
-
     for T, name in ((250, "cuda"), (300, "masked"), (600, "cuda")):
         inputs, indices = draw((1, T, T, 8, 2, 64, 64, 0), torch.bfloat16), causal(T, 10)
         called.clear()
-        o, _ = torch.compile(sparse_attention, fullgraph=True, backend=nodes)(*inputs, indices)
+        o, _ = torch.compile(sparse_attention, fullgraph=True, backend=listing)(*inputs, indices)
         assert [f"sparse_attention_{name}" in x for x in called] == [True], (T, called)
         want = "gather" if name == "cuda" else name
         assert torch.equal(o, sparse_attention(*inputs, indices)[0])
