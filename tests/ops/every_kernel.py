@@ -123,6 +123,7 @@ def sparse(device: str) -> None:
         if attention.has_kernels(x[0]):  # there is no other form of it
             o, lse = torch.ops.hybrid_flex.sparse_attention_masked(*x, indices, 1.0)
             torch.autograd.grad(o.float().sum() + lse.sum(), x)
+            sparse_attention(*x, indices, backend="masked")  # on Hopper another kernel
     q, k = (torch.randn(1, 5, 2, 40, device=device, requires_grad=True) for _ in range(2))
     o, lse = sparse_attention(q, k, k.detach().clone(), torch.tensor([[[0, 3, -1]]], device=device).expand(1, 5, 3))
     torch.autograd.grad(o.sum() + lse.sum(), (q, k))

@@ -51,8 +51,6 @@ VALUE_DIM = 512
 KEY_DIMS = (512, 576)
 # Of a token whose slots gather.py cuts into that many spans, its kernel is the faster one, by what a tile takes.
 ENOUGH_SPANS = 4
-# Whether rows are left to gather_halves.py: once that has been timed on a device.
-IN_HALVES = False
 
 
 @gluon.jit
@@ -328,10 +326,4 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
     indices = indices.contiguous()
     q, k = on_lines(q), on_lines(k)
     grid, arguments = (B * T * programs,), (q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k))
-    constants = {"H": H, "HKV": HKV, "D": D, "V": VALUE_DIM}
-    if IN_HALVES:
-        from .gather_halves import gather_halves_kernel
-
-        gather_halves_kernel[grid](*arguments, **constants, num_warps=4)
-        return
-    gather_hopper_kernel[grid](*arguments, **constants, BH=HEADS, BN=64, num_warps=8)
+    gather_hopper_kernel[grid](*arguments, H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8)

@@ -39,7 +39,11 @@ MAX_TOPK = MAX_WIDTH // 2
 """Largest topk for which at least half of the candidates fall out."""
 WARP_WIDTH = 1024
 """Candidates that a warp holds: 32 registers a thread."""
-MAX_REGISTERS = 128
+# Torch's compiler does not pass these on.
+SELECT_REGISTERS = {"maxnreg": 128}
+"""Of launches of 8192 candidates one would fill a multiprocessor of compute capability 9.0, with these two do."""
+SCORE_REGISTERS = {"maxnreg": 160}
+"""With keys of 128 bytes three blocks fit a multiprocessor and not two: 1.8 and not 2.0 ms (T 32768, 8 x 64)."""
 """What a thread of the selection may have, so that two blocks of 8192 candidates share a multiprocessor of 9.0."""
 ENOUGH_BLOCKS = 256
 """Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
@@ -293,9 +297,11 @@ def _score(
         )
         return keys
     grid = (num_tiles, (num_rows + QUERY_TILE - 1) // QUERY_TILE, B)
+    registers = SCORE_REGISTERS if is_plain(keys) and BD * q_idx.element_size() <= 128 else {}
     launchable(scores_kernel, q_idx)[grid](
-        *tensors, *strides, columns, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4, num_stages=stages
-    )
+        *tensors, *strides, columns, *numbers, **keywords, BT=QUERY_TILE, STAGES=stages, num_warps=4,
+        num_stages=stages, **registers,
+    )  # fmt: skip
     return keys
 
 
@@ -313,8 +319,7 @@ def _select(keys: Tensor, rows: _Rows, upper: int, topk: int, few: bool, indices
     if isinstance(rows.count, int) or upper_bound(rows.count) < FEW_QUERIES:
         rounds = FEW_ROUNDS if few else 2
     seen = [_unread(keys) if x is None else x for x in (rows.first, rows.last)]
-    # Torch's compiler does not pass this on: of its launches of 8192 candidates one fills a multiprocessor of 9.0.
-    registers = {"maxnreg": MAX_REGISTERS} if is_plain(keys) and not few else {}
+    registers = SELECT_REGISTERS if is_plain(keys) and not few else {}
     for i_round in range(rounds):
         num_spans = 1
         if i_round + 1 < rounds:

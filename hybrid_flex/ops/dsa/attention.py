@@ -53,8 +53,6 @@ MOST_GROUPED = 16
 FEWEST_QUERIES = 2048
 FEWEST_ROWS = 2**23
 UNION_BYTES = 512 * 2**20
-# Whether the masked form takes its kernel for Hopper where that serves: once it has been timed on a device.
-MASKED_IN_GLUON = False
 
 
 def check_kernels(op: str, q: Tensor) -> None:
@@ -207,7 +205,7 @@ def _is_in_masked_kernels(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _in_masked_hopper_kernel(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the masked form's kernel for Hopper serves these tensors, here and now: `_in_hopper_kernel`."""
-    if not MASKED_IN_GLUON or is_exporting():
+    if is_exporting():
         return False
     try:
         from hybrid_flex.kernels.dsa.masked_hopper import is_served

@@ -155,19 +155,15 @@ def test_gradient_of_a_latent_cache(D: int, Dv: int, dtype: torch.dtype, selecti
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("in_halves", [False, True], ids=["slots", "halves"])
 @pytest.mark.parametrize(("D", "H", "J"), [(576, 64, 300), (512, 128, 64), (576, 40, 7), (512, 65, 129)])
 def test_latent_rows_on_hopper(
     D: int,
     H: int,
     J: int,
-    in_halves: bool,
     dtype: torch.dtype,
     selection: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernels for latent rows: slots in use, unused ones behind and between, rows that nobody selects are NaN."""
-    monkeypatch.setattr("hybrid_flex.kernels.dsa.gather_hopper.IN_HALVES", in_halves)
+    """The kernel for latent rows: slots in use, unused ones behind and between, rows that nobody selects are NaN."""
     q, cache, _ = (x.detach() for x in draw((2, 40, 500, H, 1, D, 512, J, True), dtype))
     behind = selection(2, 40, 500, J).cuda()
     between = behind.gather(-1, torch.rand(behind.shape, device="cuda").argsort(-1))

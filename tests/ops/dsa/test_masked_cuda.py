@@ -18,10 +18,16 @@ pytestmark = pytest.mark.gpu
 NAMES = ("o", "lse", "dq", "dk", "dv")
 
 
-@pytest.fixture(params=[False, True], ids=["triton", "gluon"])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_in_masked_hopper_kernel", lambda q, k, v: False)
+
+
+@pytest.fixture(params=["triton", "gluon"])
+def kernel(request: pytest.FixtureRequest) -> None:
     """Choose the kernel, where both serve."""
-    monkeypatch.setattr(attention, "MASKED_IN_GLUON", request.param)
+    if request.param == "triton":
+        request.getfixturevalue("in_triton")
 
 
 # B, T, S, H, Hkv, D, Dv, J
@@ -122,13 +128,10 @@ def test_strides(layout: str, selection: Callable[..., Tensor], kernel: None) ->
     assert all(relative(got[name], want[name]) <= 5e-3 for name in NAMES[3:])
 
 
-def test_the_hopper_kernel_in_a_graph(
-    monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None, called: list[str], listing: Callable[..., Any]
-) -> None:
+def test_the_hopper_kernel_in_a_graph(fresh_dynamo: None, called: list[str], listing: Callable[..., Any]) -> None:
     """It masks some tiles and leaves some."""
     from hybrid_flex.kernels.dsa import masked_hopper
 
-    monkeypatch.setattr(attention, "MASKED_IN_GLUON", True)
     inputs, indices = [x.detach() for x in draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16)], causal(3000, 60)
     if not masked_hopper.is_served(*inputs):
         pytest.skip("a kernel for compute capability 9.0")
@@ -169,7 +172,7 @@ class Attention(torch.nn.Module):
 
 @pytest.mark.parametrize("form", ["compiled", "package"])
 def test_one_graph_masks_all_tiles_or_leaves_some(
-    form: str, fresh_dynamo: None, packaged: Callable[[ExportedProgram], Any]
+    form: str, fresh_dynamo: None, in_triton: None, packaged: Callable[[ExportedProgram], Any]
 ) -> None:
     """At some lengths nothing is left to gather: that launch is empty."""
     lengths = {3000: 1, 300: 0, 2000: 1, 700: 0}
@@ -189,7 +192,7 @@ def test_one_graph_masks_all_tiles_or_leaves_some(
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]), T
 
 
-def test_nothing_selected_and_nothing_there() -> None:
+def test_nothing_selected_and_nothing_there(kernel: None) -> None:
     q, k, v = draw((1, 30, 40, 4, 2, 32, 32, 0), torch.bfloat16)
     got = results([q, k, v], torch.full((1, 30, 7), -1, device="cuda"), "masked")
     assert (got["o"] == 0).all() and (got["lse"] == float("-inf")).all() and (got["dk"] == 0).all()
@@ -197,7 +200,7 @@ def test_nothing_selected_and_nothing_there() -> None:
     assert (o == 0).all() and (lse == float("-inf")).all()
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements(kernel: None) -> None:
     """The rows of late heads lie behind 2^31 elements."""
     T, S = 600, 2**17 + 70
     q = torch.randn(1, T, 128, 128, device="cuda", dtype=torch.bfloat16)

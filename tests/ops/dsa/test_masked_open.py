@@ -70,7 +70,6 @@ def test_a_graph_takes_the_kernel_for_hopper_and_a_program_does_not(
 ) -> None:
     hopper = pytest.importorskip("hybrid_flex.kernels.dsa.masked_hopper")
     monkeypatch.setattr(hopper, "is_served", lambda q, k, v: True)
-    monkeypatch.setattr(attention, "MASKED_IN_GLUON", True)
     x = [torch.zeros(1, 40, heads, 64, dtype=torch.bfloat16) for heads in (8, 2, 2)]
     indices = torch.zeros(1, 40, 10, dtype=torch.int32)
     monkeypatch.setattr(
