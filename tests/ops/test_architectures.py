@@ -80,8 +80,8 @@ MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
 HOPPER = [
     ("gather_hopper", {"D": 512, "BH": 64, "BN": 64, **GATHER}, 8),
     ("gather_hopper", {"D": 576, "BH": 64, "BN": 64, **GATHER}, 8),
-    ("masked_hopper", {"D": 64, **MASKED}, 8),
-    ("masked_hopper", {"D": 128, **MASKED}, 8),
+    ("masked_hopper", {"D": 64, **MASKED}, 4),
+    ("masked_hopper", {"D": 128, **MASKED}, 4),
 ]
 
 

@@ -216,7 +216,7 @@ class Machine:
 
         return types.SimpleNamespace(
             MBarrierLayout=lambda: "barrier",
-            arrive=lambda barrier, count: barrier.arrive(count),
+            arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
             init=init,
             wait=lambda barrier, phase: barrier.wait(phase),
         )
@@ -253,6 +253,7 @@ class Machine:
             **names,
             **{f"{name}Layout": lambda *args, **kwargs: None for name in (*layouts, "SwizzledShared")},
             allocate_shared_memory=self.allocate_shared_memory,
+            abs=torch.abs,
             arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),
             cast=cast,
             convert_layout=lambda x, layout, assert_trivial=False: x,
