@@ -253,7 +253,7 @@ def masked_hopper_kernel(
             (copy_tiles, tiles + (p_k, p_v, k_row, v_row, p_keys)),
         ],
         [4, 4],
-        [216, 72],
+        [224, 56],
     )
 
 
