@@ -20,6 +20,7 @@ from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_contex
 
 # NOTE [Masked or gathered] in attention.py: what a gathered key is worth.
 FORWARD = 42
+FORWARD_ON_HOPPER = 60
 TRAINING = 72
 
 
@@ -70,7 +71,7 @@ def _attend(
     if _is_nothing(k, indices):
         return o.zero_(), lse.fill_(float("-inf"))
     q, k, v, indices = (computed_once(x) for x in (q, k, v, indices))
-    unions, done = _unions(q, k, indices, FORWARD)
+    unions, done = _unions(q, k, indices, FORWARD_ON_HOPPER if in_gluon else FORWARD)
     launch_masked(q, k, v, unions, scale, o=o, lse=lse)
     launch_gather(q, k, v, indices, scale, done, o=o, lse=lse)
     return o, lse

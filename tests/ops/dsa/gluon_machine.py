@@ -247,7 +247,7 @@ class Machine:
         def cast(x: Any, dtype: torch.dtype) -> Values:
             return values(torch.tensor(x, dtype=dtype))
 
-        names = {name: getattr(torch, name) for name in ("float32", "int32", "int64")}
+        names = {name: getattr(torch, name) for name in ("bfloat16", "float32", "int16", "int32", "int64")}
         layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "DistributedLinear")
         return types.SimpleNamespace(
             **names,
@@ -263,6 +263,7 @@ class Machine:
             log=torch.log,
             max=lambda x, axis: x.amax(axis),
             maximum=pair(torch.maximum),
+            minimum=pair(torch.minimum),
             program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
             reshape=torch.reshape,
             static_range=range,

@@ -93,7 +93,7 @@ def causal(T: int, J: int) -> Tensor:
 def test_it_equals_the_gather_form_over_many_tiles(J: int, kernel: None) -> None:
     """Some tiles share too much to be gathered and some too little to be masked, or all are masked."""
     inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, J)
-    for worth in (masked.FORWARD, masked.TRAINING):
+    for worth in (masked.FORWARD, masked.FORWARD_ON_HOPPER, masked.TRAINING):
         tiles = masked._unions(inputs[0], inputs[1], indices, worth)[1].tiles
         assert (tiles < 0).any() == (J == 60) and (tiles >= 0).any()
     got, want = (results(inputs, indices, backend) for backend in ("masked", "gather"))
