@@ -15,8 +15,8 @@ Where a query has not selected a key, HIDDEN is added to the product::
     s = E N + q k^T         E_rt = 1 where row r belongs to query t of the warpgroup      N_tj = 0, or HIDDEN
 
 E stays in registers, N is spread out by those who copy: one instruction of the tensor cores instead of three for each
-product of each thread.  HIDDEN is finite, since 0 times -inf is no number.  A row of which nothing has been selected
-yet has weights of 1 until something is: then its sums get the factor 2^(HIDDEN l) = 0.
+product of each thread.  HIDDEN is finite, since 0 times -inf is no number, and maxima begin at half of it: what is
+hidden weighs 2^(l HIDDEN / 2) = 0 even where nothing else has been seen.
 
 Written in Gluon, as gather_hopper.py is.  In Triton's pipeline products wait for weights and weights for products.
 
@@ -194,7 +194,7 @@ def attend_rows(
         b_q = -b_q
     factor = gl.maximum(gl.abs(factor), SMALLEST)
 
-    b_m = gl.full([ROWS], LOWEST, gl.float32, SUM)
+    b_m = gl.zeros([ROWS], gl.float32, SUM) + gl.maximum(0.5 * HIDDEN * factor, LOWEST)  # NOTE [Mask as product]
     b_L = gl.zeros([ROWS], gl.float32, SUM)
     b_o = gl.zeros([ROWS, D], gl.float32, O)
     b_none = gl.zeros([ROWS, BN], gl.float32, S)
@@ -223,15 +223,14 @@ def attend_rows(
     b_o = warpgroup_mma(b_p, s_v.index(i_buffer), b_o, is_async=True)
     b_o = warpgroup_mma_wait(0, deps=[b_o])
 
-    m_any = (b_m > 0.5 * HIDDEN * gl.minimum(factor, 1.0)) & (b_L > 0.0)
-    b_r = gl.where(m_any, 1.0 / b_L, 0.0)
+    b_total = gl.where(b_L > 0.0, b_L, 1.0)
     # Through the place of the queries, for whole rows.
-    s_q.store((b_o * as_rows(b_r, O)).to(dtype))
+    s_q.store((b_o * as_rows(1.0 / b_total, O)).to(dtype))
     barrier()
     p_rows = p_o + (i_query.to(gl.int64) * H + i_head) * D
     i_column = gl.arange(0, D, gl.SliceLayout(0, COPY))
     gl.store(p_rows[:, None] + i_column[None, :], s_q.load(COPY), mask=(m_row & is_served)[:, None])
-    b_lse = gl.where(m_any, b_m * LN_2 + gl.log(b_L), float("-inf"))
+    b_lse = gl.where(b_L > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
     b_row = FIRST + gl.arange(0, ROWS, SUM)
     i_query, i_head = i_first + b_row // BG, b_row % BG
     gl.store(p_lse + i_query.to(gl.int64) * H + i_head, b_lse, mask=(i_query < T) & (i_head < G) & is_served)

@@ -263,7 +263,6 @@ class Machine:
             log=torch.log,
             max=lambda x, axis: x.amax(axis),
             maximum=pair(torch.maximum),
-            minimum=pair(torch.minimum),
             program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
             reshape=torch.reshape,
             static_range=range,
