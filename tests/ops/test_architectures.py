@@ -78,8 +78,8 @@ GATHER = {"H": 64, "HKV": 1, "V": 512}
 MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
 # Kernels in Gluon, constants and warps.
 HOPPER = [
-    ("gather_hopper", {"D": 512, "BH": 64, "BN": 64, **GATHER}, 8),
-    ("gather_hopper", {"D": 576, "BH": 64, "BN": 64, **GATHER}, 8),
+    ("gather_hopper", {"D": 512, **GATHER}, 4),
+    ("gather_hopper", {"D": 576, **GATHER}, 4),
     ("masked_hopper", {"D": 64, **MASKED}, 4),
     ("masked_hopper", {"D": 128, **MASKED}, 4),
 ]

@@ -1,283 +1,353 @@
-"""Attention over selected rows on Hopper: the forward of gather.py for latent attention, every copy placed by hand.
+"""Attention over selected latent rows on Hopper: two warpgroups take turns, one weighs while the other multiplies.
 
-With l = log2(e) scale, and the slots of a token taken in tiles::
+With l = log2(e) scale, over tiles n of 64 slots, of which warpgroup w weighs those with n % 2 = w::
 
-    s_j  = l q . k_{i_j}                -inf in unused slots
-    m'   = max(m, max_j s_j)            p_j = 2^(s_j - m')             a = 2^(m - m')
-    L    = a L + sum_j p_j              O   = a O + sum_j p_j k_{i_j}[:V]
-    o    = O / L                        lse = log L + m log 2
+    s_j  = l q . k_{i_j}                -inf in unused slots           j in tile n
+    m_n  = max(m_{n-1}, max_j s_j)      p_j = 2^(s_j - m_n)            a_n = 2^(m_{n-1} - m_n)
+    L_w  = a_n L_w (+ sum_j p_j)        O_h = a_n O_h + sum_j p_j k_{i_j}[h]
+    o_h  = O_h / (L_0 + L_1)            lse = log (L_0 + L_1) + m log 2
 
-Written in Gluon, the lower level of Triton, whose compiler gives each warpgroup all of q k^T where another product
-follows, and starts the copy of a tile only after the products of the one before: 4.35 ms where this takes 2.6 (4096
-tokens, 64 heads, 576 columns, 2048 of 32768 rows).  Graphs that leave the process carry gather.py's kernel instead:
-torch has no way to take a Gluon kernel along.
+Either warpgroup adds all tiles to its half h of the value columns: the weights of every other tile come from the other
+one.  Where both weigh at the same time, nothing is multiplied meanwhile: 2.33 and not 1.93 ms (4096 tokens, 64 heads,
+2048 of 32768 rows of 512 columns).  Written in Gluon (hopper.py); in Triton it takes 4.0 ms.
 
-# NOTE [Two warpgroups]
-A block is one token, 64 of its heads, and two warpgroups.  For the logits each takes half of the slots of a tile, for
-the sums half of the columns: the weights pass from one to the other through shared memory.
+# NOTE [Three partitions]
+Two warpgroups weigh and multiply, four more warps copy rows.  A tile is copied, multiplied and freed in parts of 128
+columns, and the 64 of 576 that are no values: two tiles fill the shared memory, so the copy of a part starts as soon as
+the sums over that part of the tile before the last have been multiplied.  Parts come in the order in which they become
+free: first the rest, which is only a key, then the first parts of both halves.
 
-# NOTE [Early copies]
-Queries and two tiles of rows fill the shared memory.  The copy of a tile starts as soon as the sums have read the tile
-before the last; meanwhile the first columns of the next logits are multiplied.
+# NOTE [Who waits for whom]
+Parts pass from those who copy to the owner of the tile through `ready` (and which slots are used through `biased`),
+weights and maxima from the owner to the other warpgroup through `given`, parts back to those who copy through `free`,
+which that warpgroup alone completes that multiplies the part as values: by then the owner has read it as keys, since
+the weights come from that product.  Order the work like this::
 
-# NOTE [Zero rows]
-An unused slot is copied as a row of zeros, which reads nothing: a row that nobody selects may hold NaN.
+    copy of tile n,  sums over tile n - 1 in the other half,  weights of tile n,  sums over it in the owner's half,
+    copy of tile n + 1, ...
+
+A copy waits for the sums over the tile two before, in both halves; sums wait for the weights of their tile, and those
+in the other half, before they give their parts back, for the first EARLY + BETWEEN parts of the next tile; weights wait
+for the copy of their tile and for the weights of the tile before.  All of that comes earlier, and everybody does his
+own in this order, so nobody waits in a circle.
+
+# NOTE [Order of a step]
+While a warpgroup waits for the weights of the tile before, it multiplies EARLY parts of its own tile; then it adds that
+tile to its half, and multiplies BETWEEN parts more before it waits for these sums.
+
+# NOTE [Addresses]
+An offset is 0, but as the compiler cannot know that, it computes the addresses of parts where they are used.  Otherwise
+it would compute all of them once and keep them, for which there are no registers.
+
+# NOTE [One place for weights]
+Weights and maxima of all tiles lie in one place.  Who writes those of tile n has read those of tile n - 1 himself, and
+they tell that those of tile n - 2, his own, have been read.
 """
+
+# ruff: noqa: RUF005 (Gluon cannot unpack)
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
-from hybrid_flex.kernels.launch import device_limits, on_its_device
+from hybrid_flex.kernels.launch import on_its_device
 
 from .gather import LN_2, LOG2_E, LOWEST, launch_gather
+from .hopper import as_operand, as_rows, barrier, copy_rows, is_on_hopper, load_slots, on_lines, signal, strides
 from .spans import cut
-
-# Names of Triton 3.7 and 3.9, and what they were before.
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-COUNTED = gl.constexpr(2048)
-# NOTE [Early copies]: columns of the logits that are multiplied while the sums are.
-FIRST = gl.constexpr(256)
 
 HEADS = 64
 VALUE_DIM = 512
 KEY_DIMS = (512, 576)
 # Of a token whose slots gather.py cuts into that many spans, its kernel is the faster one, by what a tile takes.
 ENOUGH_SPANS = 4
+ROWS = gl.constexpr(HEADS)
+SLOTS = gl.constexpr(64)
+PART = gl.constexpr(128)
+PARTS = gl.constexpr(4)
+THREADS = gl.constexpr(128)
+COUNTED = gl.constexpr(2048)
 
 
 @gluon.jit
-def look_through(p_slots, J, WARPS: gl.constexpr):
-    """Return one more than the last slot in use (0 without any), and whether unused ones lie before it."""
-    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+def look_through(p_slots, J):
+    """Return one more than the last slot in use, 0 without any."""
+    LINE: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     b_last = gl.zeros([COUNTED], gl.int32, LINE)
-    b_used = gl.zeros([COUNTED], gl.int32, LINE)
     for j in range(0, J, COUNTED):
         i_slot = j + gl.arange(0, COUNTED, LINE)
         m_used = gl.load(p_slots + i_slot, mask=i_slot < J, other=-1) >= 0
         b_last = gl.maximum(b_last, gl.where(m_used, i_slot + 1, 0))
-        b_used += gl.where(m_used, 1, 0)
-    number = gl.max(b_last, 0)
-    return number, gl.sum(b_used, 0) < number
+    return gl.max(b_last, 0)
 
 
 @gluon.jit
-def load_slots(p_slots, j, J, BN: gl.constexpr, layout: gl.constexpr):
-    """Load the slots of a tile, -1 behind the last one."""
-    i_slot = j + gl.arange(0, BN, layout)
-    return gl.load(p_slots + i_slot, mask=i_slot < J, other=-1)
+def copy_part(s_part, ready, free, phase, p_rows, m_rows, layout: gl.constexpr):
+    """Copy a part of a tile, as soon as its place is free; its barrier is completed when the rows have arrived."""
+    mbarrier.wait(free, phase)
+    copy_rows(s_part, p_rows, m_rows, layout)
+    async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
 @gluon.jit
-def copy_rows(s_x, p_rows, m_rows, C0: gl.constexpr, layout: gl.constexpr):
-    """Start copying columns from C0 on of rows ``[N]``, zeros where ``m_rows`` is false."""
-    i_column = C0 + gl.arange(0, s_x.shape[1], gl.SliceLayout(0, layout))
-    async_load(s_x, p_rows[:, None] + i_column[None, :], mask=m_rows[:, None])
+def copy_tiles(tiles, s_k, s_bias, ready, biased, free, p_k, k_row, p_slots, J, s_rest=None):
+    """Copy the selected rows of all tiles: NOTE [Zero rows] in hopper.py."""
+    STEPS: gl.constexpr = PARTS + (1 if s_rest is not None else 0)
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, COPY)
+    b_slot = load_slots(p_slots, 0, J, SLOTS, ROW)
+    for n in range(0, tiles):
+        owner, phase = n & 1, ((n >> 1) & 1) ^ 1  # the phase before a barrier's first one counts as complete
+        p_rows, m_rows = p_k + gl.maximum(b_slot, 0).to(gl.int64) * k_row, b_slot >= 0
+        b_bias = gl.where(m_rows, 0.0, float("-inf"))
+        b_slot = load_slots(p_slots, (n + 1) * SLOTS, J, SLOTS, ROW)
+        if s_rest is not None:
+            i = owner * STEPS + PARTS
+            copy_part(s_rest.index(owner), ready.index(i), free.index(i), phase, p_rows + PARTS * PART, m_rows, COPY)
+        for step in gl.static_range(PARTS):
+            part = (owner ^ (step & 1)) * (PARTS // 2) + step // 2
+            i, s_part = owner * STEPS + part, s_k.index(owner * PARTS + part)
+            copy_part(s_part, ready.index(i), free.index(i), phase, p_rows + part * PART, m_rows, COPY)
+        s_bias.index(owner).store(b_bias)
+        signal(biased.index(owner))
 
 
 @gluon.jit
-def copy_selected(s_x, i_buffer, p_x, b_slot, x_row, C0: gl.constexpr, layout: gl.constexpr):
-    """Start copying columns from C0 on of the selected rows: NOTE [Zero rows]."""
-    copy_rows(s_x.index(i_buffer), p_x + gl.maximum(b_slot, 0).to(gl.int64) * x_row, b_slot >= 0, C0, layout)
+def multiply_part(b_s, s_queries, s_keys, ready, phase, AGAIN: gl.constexpr):
+    """Start multiplying a part of queries and keys as soon as it has arrived."""
+    mbarrier.wait(ready, phase)
+    fence_async_shared()
+    return warpgroup_mma(s_queries, s_keys.permute((1, 0)), b_s, use_acc=AGAIN, is_async=True)
 
 
 @gluon.jit
-def copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, V: gl.constexpr, layout: gl.constexpr):
-    """Start copying the selected rows of a tile, as one group; the rest of the keys lies behind V columns."""
-    copy_selected(s_k, i_buffer, p_k, b_slot, k_row, 0, layout)
-    if s_kr is not None:
-        copy_selected(s_kr, i_buffer, p_k, b_slot, k_row, V, layout)
-    async_copy.commit_group()
+def multiply_step(b_s, s_q, s_k, ready, phase, zero, W: gl.constexpr, STEPS: gl.constexpr, STEP: gl.constexpr):
+    """Start multiplying the part of warpgroup W's tile that comes at a step; the rest has come before."""
+    part: gl.constexpr = (W ^ ((STEP - STEPS + PARTS) & 1)) * (PARTS // 2) + (STEP - STEPS + PARTS) // 2
+    s_queries, s_keys = s_q.index(zero + part), s_k.index(zero + W * PARTS + part)
+    return multiply_part(b_s, s_queries, s_keys, ready.index(W * STEPS + part), phase, STEP > 0)
 
 
 @gluon.jit
-def as_rows(b_x, layout: gl.constexpr):
-    """Return what belongs to the rows of the logits in the layout of the sums."""
-    return gl.convert_layout(b_x, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+def multiply(
+    b_s, s_q, s_q_rest, s_k, s_rest, ready, phase, zero, W: gl.constexpr, FIRST: gl.constexpr, LAST: gl.constexpr
+):  # fmt: skip
+    """Start multiplying queries and keys of warpgroup W's tile, steps FIRST to LAST as their parts arrive."""
+    STEPS: gl.constexpr = PARTS + (1 if s_rest is not None else 0)
+    for step in gl.static_range(FIRST, LAST):
+        if step < STEPS - PARTS:
+            s_keys = s_rest.index(zero + W)
+            b_s = multiply_part(b_s, s_q_rest, s_keys, ready.index(W * STEPS + PARTS), phase, False)
+        else:
+            b_s = multiply_step(b_s, s_q, s_k, ready, phase, zero, W, STEPS, step)
+    return b_s
 
 
 @gluon.jit
-def as_operand(b_p, layout: gl.constexpr, dtype: gl.constexpr):
-    """Return weights as the next product reads them, out of registers."""
-    return gl.convert_layout(b_p.to(dtype), layout, assert_trivial=True)
+def add_values(b_p, b_a, b_o0, b_o1, s_k, first):
+    """Start adding rows of two parts, the first at ``first``, to the sums."""
+    O: gl.constexpr = b_o0.type.layout
+    b_o0 = warpgroup_mma(b_p, s_k.index(first), b_o0 * as_rows(b_a, O), is_async=True)
+    return b_o0, warpgroup_mma(b_p, s_k.index(first + 1), b_o1 * as_rows(b_a, O), is_async=True)
 
 
 @gluon.jit
-def weigh(b_s, b_m, b_L):
-    """Return the weights of a tile, what scales the sums, and the new maxima and totals."""
+def wait_for_values(b_o0, b_o1, free, first, BEHIND: gl.constexpr):
+    """Wait for the sums, behind which BEHIND products have been started, and give the parts back."""
+    b_o0 = warpgroup_mma_wait(BEHIND + 1, deps=[b_o0])
+    signal(free.index(first))
+    b_o1 = warpgroup_mma_wait(BEHIND, deps=[b_o1])
+    signal(free.index(first + 1))
+    return b_o0, b_o1
+
+
+@gluon.jit
+def take_weights(b_m, b_L, b_o0, b_o1, s_p, s_m, given, phase, s_k, zero, W: gl.constexpr):
+    """Start adding the other warpgroup's tile to the sums."""
+    mbarrier.wait(given.index(1 - W), phase)
+    b_largest = s_m.load(b_m.type.layout)
+    b_a = gl.exp2(b_m - b_largest)
+    b_o0, b_o1 = add_values(s_p, b_a, b_o0, b_o1, s_k, zero + (1 - W) * PARTS + W * (PARTS // 2))
+    return b_largest, b_L * b_a, b_o0, b_o1
+
+
+@gluon.jit
+def give_weights(
+    b_s, b_m, b_L, b_o0, b_o1, s_p, s_m, s_bias, biased, given, free, phase, s_k, zero, factor, W: gl.constexpr,
+    STEPS: gl.constexpr,
+):  # fmt: skip
+    """Wait for the logits of warpgroup W's own tile, weigh it, give the weights away, and add it to the sums."""
+    OWN: gl.constexpr = W * (PARTS // 2)
+    b_s = warpgroup_mma_wait(0, deps=[b_s])
+    if STEPS > PARTS:
+        signal(free.index(W * STEPS + PARTS))
+    mbarrier.wait(biased.index(W), phase)
+    b_s = b_s * factor + s_bias.index(W).load(gl.SliceLayout(0, b_s.type.layout))[None, :]
     b_largest = gl.maximum(b_m, gl.max(b_s, 1))
     b_p = gl.exp2(b_s - b_largest[:, None])
     b_a = gl.exp2(b_m - b_largest)
-    return b_p, b_a, b_largest, b_L * b_a + gl.sum(b_p, 1)
+    b_L = b_L * b_a + gl.sum(b_p, 1)
+    b_weight = as_operand(b_p, gl.DotOperandLayout(0, b_o0.type.layout, 2), s_p.dtype)
+    s_p.store(b_p.to(s_p.dtype))  # NOTE [One place for weights]
+    s_m.store(b_largest)
+    fence_async_shared()
+    signal(given.index(W))
+    b_o0, b_o1 = add_values(b_weight, b_a, b_o0, b_o1, s_k, zero + W * PARTS + OWN)
+    b_o0, b_o1 = wait_for_values(b_o0, b_o1, free, W * STEPS + OWN, 0)
+    return b_largest, b_L, b_o0, b_o1
 
 
 @gluon.jit
-def multiply(s_q, s_keys, b_s, C0: gl.constexpr, COLUMNS: gl.constexpr, AGAIN: gl.constexpr):
-    """Start multiplying columns from C0 on of queries and keys, onto b_s if AGAIN."""
-    s_columns = s_keys.slice(C0, COLUMNS, 1).permute((1, 0))
-    return warpgroup_mma(s_q.slice(C0, COLUMNS, 1), s_columns, b_s, use_acc=AGAIN, is_async=True)
-
-
-@gluon.jit
-def multiply_others(s_q, s_qr, s_keys, s_kr, i_buffer, b_s):
-    """Start multiplying the columns from FIRST on."""
-    b_s = multiply(s_q, s_keys, b_s, FIRST, s_q.shape[1] - FIRST, True)
-    if s_kr is not None:
-        b_s = warpgroup_mma(s_qr, s_kr.index(i_buffer).permute((1, 0)), b_s, is_async=True)
-    return b_s
-
-
-@gluon.jit
-def row_maxima(b_s, s_m, BH: gl.constexpr, BN: gl.constexpr):
-    """Return the largest logit of every row; warpgroups exchange theirs with one barrier, where `gl.max` takes two."""
-    PAIR: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0], [0, 1]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 0]], [], [BH, 2]
-    )
-    b_half = gl.max(gl.reshape(b_s, [BH, 2, BN // 2]), 2)
-    s_m.store(b_half)
-    return gl.convert_layout(gl.max(s_m.load(PAIR), 1), gl.SliceLayout(1, b_s.type.layout), assert_trivial=True)
-
-
-@gluon.jit
-def mask_slots(b_s, p_slots, j, number, has_gaps, BN: gl.constexpr):
-    """Set logits of unused slots to -inf; only a token with gaps reads its slots again."""
-    if (j + BN > number) | has_gaps:
-        i_slot = j + gl.arange(0, BN, gl.SliceLayout(0, b_s.type.layout))
-        m_slot = i_slot < number
-        if has_gaps:
-            m_slot = gl.load(p_slots + i_slot, mask=m_slot, other=-1) >= 0
-        b_s = gl.where(m_slot[None, :], b_s, float("-inf"))
-    return b_s
-
-
-@gluon.jit
-def add_values(
-    b_s, b_m, b_L, b_o, s_p, s_m, s_keys, p_slots, j, number, has_gaps, factor, BH: gl.constexpr, BN: gl.constexpr
+def attend_half(
+    W: gl.constexpr, tiles, s_k, s_bias, ready, biased, free, s_q, s_p,
+    s_m, s_L, asked, given, added, p_o, p_lse, G, scale, s_q_rest=None, s_rest=None,
 ):  # fmt: skip
-    """Weigh a tile, and start adding its rows to the sums."""
-    O: gl.constexpr = b_o.type.layout
-    b_s = mask_slots(b_s * factor, p_slots, j, number, has_gaps, BN)
-    b_largest = gl.maximum(b_m, row_maxima(b_s, s_m, BH, BN))
-    b_p = gl.exp2(b_s - b_largest[:, None])
-    b_a = gl.exp2(b_m - b_largest)
-    b_L = b_L * b_a[:, None] + b_p
-    s_p.store(b_p.to(s_p.dtype))  # NOTE [Two warpgroups]
-    b_o = b_o * as_rows(b_a, O)
-    b_o = warpgroup_mma(s_p.load(gl.DotOperandLayout(0, O, 2)), s_keys, b_o, is_async=True)
-    return b_largest, b_L, b_o
+    """Compute half of the columns of o; the first warpgroup also lse."""
+    STEPS: gl.constexpr = PARTS + (1 if s_rest is not None else 0)
+    EARLY: gl.constexpr = STEPS - 3  # NOTE [Order of a step]: the best of (1, 1), (0, 1), (2, 1), (1, 2), (2, 2)
+    BETWEEN: gl.constexpr = 3 - EARLY
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    SUM: gl.constexpr = gl.SliceLayout(1, S)
+    OWN: gl.constexpr = W * (PARTS // 2)
+
+    # Inductor passes numbers as float64.
+    factor = gl.cast(scale, gl.float32) * LOG2_E
+    b_m = gl.full([ROWS], LOWEST, gl.float32, SUM)
+    b_L = gl.zeros([ROWS], gl.float32, SUM)
+    b_o0 = gl.zeros([ROWS, PART], gl.float32, O)
+    b_o1 = gl.zeros([ROWS, PART], gl.float32, O)
+    b_none = gl.zeros([ROWS, SLOTS], gl.float32, S)
+    mbarrier.wait(asked, 0)
+    phase = 0
+    if W == 0:
+        b_s = multiply(b_none, s_q, s_q_rest, s_k, s_rest, ready, phase, 0, W, 0, STEPS)
+        b_m, b_L, b_o0, b_o1 = give_weights(
+            b_s, b_m, b_L, b_o0, b_o1, s_p, s_m, s_bias, biased, given, free, phase, s_k, 0, factor, W, STEPS
+        )
+        phase = 1
+    for n in range(2 - W, tiles, 2):
+        zero = n >> 30  # NOTE [Addresses]
+        b_s = multiply(b_none, s_q, s_q_rest, s_k, s_rest, ready, phase, zero, W, 0, EARLY)
+        b_m, b_L, b_o0, b_o1 = take_weights(b_m, b_L, b_o0, b_o1, s_p, s_m, given, phase ^ (1 - W), s_k, zero, W)
+        b_s = multiply(b_s, s_q, s_q_rest, s_k, s_rest, ready, phase, zero, W, EARLY, EARLY + BETWEEN)
+        b_o0, b_o1 = wait_for_values(b_o0, b_o1, free, (1 - W) * STEPS + OWN, BETWEEN)
+        b_s = multiply(b_s, s_q, s_q_rest, s_k, s_rest, ready, phase, zero, W, EARLY + BETWEEN, STEPS)
+        b_m, b_L, b_o0, b_o1 = give_weights(
+            b_s, b_m, b_L, b_o0, b_o1, s_p, s_m, s_bias, biased, given, free, phase, s_k, zero, factor, W, STEPS
+        )
+        phase ^= 1
+    if W == 0:
+        b_m, b_L, b_o0, b_o1 = take_weights(b_m, b_L, b_o0, b_o1, s_p, s_m, given, phase ^ 1, s_k, 0, W)
+        b_o0, b_o1 = warpgroup_mma_wait(0, deps=[b_o0, b_o1])
+
+    s_L.index(W).store(b_L)
+    signal(added.index(W))
+    mbarrier.wait(added.index(1 - W), 0)
+    b_L += s_L.index(1 - W).load(SUM)
+    # With any key the sum is at least 1, the weight of the largest logit.
+    b_total = gl.maximum(b_L, 1.0)
+    b_r = as_rows(1.0 / b_total, O)
+    # Through the place of the queries, for whole rows.
+    s_q.index(OWN).store((b_o0 * b_r).to(s_q.dtype))
+    s_q.index(OWN + 1).store((b_o1 * b_r).to(s_q.dtype))
+    barrier()
+    i_head = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+    p_part = (p_o + i_head * (PARTS * PART))[:, None] + gl.arange(0, PART, gl.SliceLayout(0, OUT))[None, :] + OWN * PART
+    gl.store(p_part, s_q.index(OWN).load(OUT), mask=(i_head < G)[:, None])
+    gl.store(p_part + PART, s_q.index(OWN + 1).load(OUT), mask=(i_head < G)[:, None])
+    if W == 0:
+        b_lse = gl.where(b_L > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
+        i_head = gl.arange(0, ROWS, SUM)
+        gl.store(p_lse + i_head, b_lse, mask=i_head < G)
 
 
 @gluon.jit(do_not_specialize=["T", "J"])
 def gather_hopper_kernel(
     p_q, p_k, p_slots, p_o, p_lse, scale, T, J, q_batch, q_token, q_head, k_batch, k_row, k_head,
-    H: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, V: gl.constexpr, BH: gl.constexpr, BN: gl.constexpr,
+    H: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    """Compute o and lse of one token for BH heads that share a key head."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BN // 2, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, V // 2, 16])
+    """Compute o and lse of one token for 64 heads that share a key head, values being the first V of D columns."""
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    HEAD: gl.constexpr = gl.SliceLayout(1, ROWS)
-    SUM: gl.constexpr = gl.SliceLayout(1, S)
-    REST: gl.constexpr = D - V
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    STEPS: gl.constexpr = PARTS + (1 if D > V else 0)
+    G: gl.constexpr = H // HKV
+    TILES: gl.constexpr = (G + ROWS - 1) // ROWS
     dtype: gl.constexpr = p_k.dtype.element_ty
 
-    G: gl.constexpr = H // HKV
-    TILES: gl.constexpr = (G + BH - 1) // BH
     i_program = gl.program_id(0)
     i_kv = ((i_program // TILES) % HKV).to(gl.int64)
     i_token = (i_program // (TILES * HKV)).to(gl.int64)
-    i_first = (i_program % TILES) * BH
+    i_first = (i_program % TILES) * ROWS
+    i_heads = i_token * H + i_kv * G + i_first
     p_slots += i_token * J
     p_k += (i_token // T) * k_batch + i_kv * k_head
-    i_heads = i_token * H + i_kv * G + i_first
     p_q += (i_token // T) * q_batch + (i_token % T) * q_token + (i_kv * G + i_first) * q_head
 
-    s_q = gl.allocate_shared_memory(dtype, [BH, V], TILE)
-    s_k = gl.allocate_shared_memory(dtype, [2, BN, V], TILE)
-    s_p = gl.allocate_shared_memory(dtype, [BH, BN], TILE)
-    s_m = gl.allocate_shared_memory(gl.float32, [BH, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    s_qr = None
-    s_kr = None
-    if REST > 0:
-        s_qr = gl.allocate_shared_memory(dtype, [BH, REST], TILE)
-        s_kr = gl.allocate_shared_memory(dtype, [2, BN, REST], TILE)
-
-    b_slot = load_slots(p_slots, 0, J, BN, HEAD)
-    i_head = gl.arange(0, BH, HEAD)
+    s_q = gl.allocate_shared_memory(dtype, [PARTS, ROWS, PART], TILE)
+    s_k = gl.allocate_shared_memory(dtype, [2 * PARTS, SLOTS, PART], TILE)
+    s_p = gl.allocate_shared_memory(dtype, [ROWS, SLOTS], TILE)
+    s_m = gl.allocate_shared_memory(gl.float32, [ROWS], LINE)
+    s_L = gl.allocate_shared_memory(gl.float32, [2, ROWS], LINE)
+    s_bias = gl.allocate_shared_memory(gl.float32, [2, SLOTS], LINE)
+    s_q_rest = None
+    s_rest = None
+    if D > V:
+        s_q_rest = gl.allocate_shared_memory(dtype, [ROWS, D - V], TILE)
+        s_rest = gl.allocate_shared_memory(dtype, [2, SLOTS, D - V], TILE)
+    ready = gl.allocate_shared_memory(gl.int64, [2 * STEPS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2 * STEPS, 1], mbarrier.MBarrierLayout())
+    biased = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    given = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    asked = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(2 * STEPS):
+        mbarrier.init(ready.index(n), count=THREADS)
+        mbarrier.init(free.index(n), count=1)
+    for n in gl.static_range(2):
+        mbarrier.init(biased.index(n), count=1)
+        mbarrier.init(given.index(n), count=1)
+        mbarrier.init(added.index(n), count=1)
+    mbarrier.init(asked, count=THREADS)
+    barrier()
+    i_head = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     m_head = i_first + i_head < G
     p_heads = p_q + i_head.to(gl.int64) * q_head
-    copy_rows(s_q, p_heads, m_head, 0, ROWS)
-    if REST > 0:
-        copy_rows(s_qr, p_heads, m_head, V, ROWS)
-    copy_tile(s_k, s_kr, 0, p_k, b_slot, k_row, V, ROWS)
-    b_slot = load_slots(p_slots, BN, J, BN, HEAD)
-    number, has_gaps = look_through(p_slots, J, 8)
-    # Inductor passes numbers as float64.
-    factor = gl.cast(scale, gl.float32) * LOG2_E
-
-    b_m = gl.full([BH], LOWEST, gl.float32, SUM)
-    b_L = gl.zeros([BH, BN], gl.float32, S)
-    b_o = gl.zeros([BH, V], gl.float32, O)
-    b_none = gl.zeros([BH, BN], gl.float32, S)
-    async_copy.wait_group(0)
-    fence_async_shared()
-    copy_tile(s_k, s_kr, 1, p_k, b_slot, k_row, V, ROWS)
-    b_slot = load_slots(p_slots, 2 * BN, J, BN, HEAD)
-    b_s = multiply(s_q, s_k.index(0), b_none, 0, FIRST, False)
-    b_s = multiply_others(s_q, s_qr, s_k.index(0), s_kr, 0, b_s)
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
-    i_buffer = 0
-    for j in range(0, number - BN, BN):
-        # b_s are the logits of this tile, the copy of the next one is on its way.
-        b_m, b_L, b_o = add_values(
-            b_s, b_m, b_L, b_o, s_p, s_m, s_k.index(i_buffer), p_slots, j, number, has_gaps, factor, BH, BN
-        )
-        s_next = s_k.index(1 - i_buffer)
-        async_copy.wait_group(0)
-        fence_async_shared()
-        b_s = multiply(s_q, s_next, b_none, 0, FIRST, False)
-        b_o = warpgroup_mma_wait(1, deps=[b_o])
-        barrier()  # the other warpgroup has read this tile as well
-        copy_tile(s_k, s_kr, i_buffer, p_k, b_slot, k_row, V, ROWS)
-        b_s = multiply_others(s_q, s_qr, s_next, s_kr, 1 - i_buffer, b_s)
-        b_slot = load_slots(p_slots, j + 3 * BN, J, BN, HEAD)
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
-        i_buffer = 1 - i_buffer
-    if number > 0:
-        j = (number - 1) // BN * BN
-        b_m, b_L, b_o = add_values(
-            b_s, b_m, b_L, b_o, s_p, s_m, s_k.index(i_buffer), p_slots, j, number, has_gaps, factor, BH, BN
-        )
-        b_o = warpgroup_mma_wait(0, deps=[b_o])
-    async_copy.wait_group(0)
-
-    # With any key the sum is at least 1, the weight of the largest logit.
-    b_sum = gl.sum(b_L, 1)
-    b_total = gl.maximum(b_sum, 1.0)
-    b_r = as_rows(1.0 / b_total, O)
-    # Through the place of the queries, for whole rows.
-    s_q.store((b_o * b_r).to(dtype))
-    i_head = gl.arange(0, BH, gl.SliceLayout(1, OUT))
-    p_rows = p_o + (i_heads + i_head) * V
-    i_column = gl.arange(0, V, gl.SliceLayout(0, OUT))
-    gl.store(p_rows[:, None] + i_column[None, :], s_q.load(OUT), mask=(i_first + i_head < G)[:, None])
-    b_lse = gl.where(b_sum > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
-    i_head = gl.arange(0, BH, SUM)
-    gl.store(p_lse + i_heads + i_head, b_lse, mask=i_first + i_head < G)
-
-
-def is_on_hopper(x: Tensor) -> bool:
-    """Tell whether kernels in Gluon take tensors of this dtype, on this device."""
-    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and device_limits(x.device)[1] == 9
+    for part in gl.static_range(PARTS):
+        copy_rows(s_q.index(part), p_heads + part * PART, m_head, COPY)
+    if D > V:
+        copy_rows(s_q_rest, p_heads + V, m_head, COPY)
+    async_copy.mbarrier_arrive(asked, increment_count=False)
+    # An even number: the second warpgroup weighs the last one.
+    tiles = gl.maximum(look_through(p_slots, J) + 2 * SLOTS - 1, 2 * SLOTS) // (2 * SLOTS) * 2
+    of_tiles = (tiles, s_k, s_bias, ready, biased, free)
+    of_half = of_tiles + (
+        s_q, s_p, s_m, s_L, asked, given, added, p_o + i_heads * V, p_lse + i_heads, G - i_first, scale
+    )  # fmt: skip
+    of_copies = of_tiles + (p_k, k_row, p_slots, J)
+    if D > V:
+        of_half += (s_q_rest, s_rest)
+        of_copies += (s_rest,)
+    gl.warp_specialize(  # NOTE [Three partitions]
+        [
+            (copy_tiles, of_copies),
+            (attend_half, (0,) + of_half),
+            (attend_half, (1,) + of_half),
+        ],
+        [4, 4],
+        [224, 224],
+    )
 
 
 def is_served(q: Tensor, k: Tensor, value_dim: int) -> bool:
@@ -285,24 +355,6 @@ def is_served(q: Tensor, k: Tensor, value_dim: int) -> bool:
     if not is_on_hopper(q):
         return False
     return value_dim == VALUE_DIM and q.shape[3] in KEY_DIMS and 2 * (q.shape[2] // k.shape[2]) > HEADS
-
-
-def strides(x: Tensor) -> tuple[int, ...]:
-    """Return the strides of x but the last, 0 along what there is one of, whose stride may be anything."""
-    return tuple(n if size > 1 else 0 for n, size in zip(x.stride()[:3], x.shape[:3], strict=True))
-
-
-def lies_on_lines(x: Tensor) -> bool:
-    """Tell whether every row begins at a multiple of the 16 bytes that are copied at once, its columns side by side.
-
-    Of a stride Triton knows whether it is a multiple of 16 elements, not of 8.
-    """
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in strides(x))
-
-
-def on_lines(x: Tensor) -> Tensor:
-    """Return x, or a copy that lies on lines."""
-    return x if lies_on_lines(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @on_its_device
@@ -325,5 +377,6 @@ def launch_gather_hopper(q: Tensor, k: Tensor, indices: Tensor, scale: float, *,
         return
     indices = indices.contiguous()
     q, k = on_lines(q), on_lines(k)
-    grid, arguments = (B * T * programs,), (q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k))
-    gather_hopper_kernel[grid](*arguments, H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64, num_warps=8)
+    gather_hopper_kernel[(B * T * programs,)](
+        q, k, indices, o, lse, float(scale), T, J, *strides(q), *strides(k), H=H, HKV=HKV, D=D, V=VALUE_DIM, num_warps=4
+    )  # fmt: skip

@@ -18,7 +18,7 @@ E stays in registers, N is spread out by those who copy: one instruction of the 
 product of each thread.  HIDDEN is finite, since 0 times -inf is no number, and maxima begin at half of it: what is
 hidden weighs 2^(l HIDDEN / 2) = 0 even where nothing else has been seen.
 
-Written in Gluon, as gather_hopper.py is.  In Triton's pipeline products wait for weights and weights for products.
+Written in Gluon (hopper.py).  In Triton's pipeline products wait for weights and weights for products.
 
 # NOTE [Three partitions]
 Two warpgroups weigh and multiply half of the rows each, four more warps copy for both.  A tile's buffer passes from one
@@ -56,15 +56,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hybrid_flex.kernels.launch import next_power_of_2, on_its_device
 
 from .gather import LN_2, LOG2_E, LOWEST
-from .gather_hopper import (
+from .hopper import (
     as_operand,
     as_rows,
     barrier,
     copy_rows,
-    copy_selected,
     is_on_hopper,
     load_slots,
     on_lines,
+    signal,
     strides,
 )
 from .masked import ROWS, Unions
@@ -78,10 +78,9 @@ SMALLEST = gl.constexpr(2.0**-100)
 
 
 @gluon.jit
-def signal(b):
-    """Arrive at a barrier for the whole partition."""
-    barrier()
-    mbarrier.arrive(b, count=1)
+def copy_selected(s_x, i_buffer, p_x, b_key, x_row, layout: gl.constexpr):
+    """Start copying the selected rows, of unused slots zeros: NOTE [Zero rows] in hopper.py."""
+    copy_rows(s_x.index(i_buffer), p_x + gl.maximum(b_key, 0).to(gl.int64) * x_row, b_key >= 0, layout)
 
 
 @gluon.jit
@@ -123,8 +122,8 @@ def copy_tiles(
     i_before, i_buffer, phase = 0, 0, 1  # the phase before a barrier's first one counts as complete
     for j in range(0, gl.maximum(number, 1), BN):  # of no keys a tile of zeros
         mbarrier.wait(free.index(i_buffer), phase)
-        copy_selected(s_k, i_buffer, p_k, b_key, k_row, 0, COPY)
-        copy_selected(s_v, i_buffer, p_v, b_key, v_row, 0, COPY)
+        copy_selected(s_k, i_buffer, p_k, b_key, k_row, COPY)
+        copy_selected(s_v, i_buffer, p_v, b_key, v_row, COPY)
         async_copy.commit_group()
         b_key = load_slots(p_keys, j + BN, number, BN, ROW)
         if j > 0:
@@ -180,7 +179,7 @@ def attend_rows(
     b_row = FIRST + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     i_query, i_head = i_first + b_row // BG, b_row % BG
     m_row = (i_query < T) & (i_head < G)
-    copy_rows(s_q, p_q + i_query.to(gl.int64) * q_token + i_head * q_head, m_row, 0, COPY)
+    copy_rows(s_q, p_q + i_query.to(gl.int64) * q_token + i_head * q_head, m_row, COPY)
     async_copy.commit_group()
     i_own = gl.arange(0, ROWS, gl.SliceLayout(1, OWN)) // BG
     b_own = i_own[:, None] == gl.arange(0, s_hidden.shape[1], gl.SliceLayout(0, OWN))[None, :]

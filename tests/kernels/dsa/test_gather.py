@@ -329,7 +329,7 @@ def test_tiles_fit_and_hold_at_most_64_heads() -> None:
 
 def test_rows_on_lines() -> None:
     """What the kernel for Hopper copies as it is: strides that Triton knows to be multiples of 16 elements."""
-    from hybrid_flex.kernels.dsa.gather_hopper import lies_on_lines, strides
+    from hybrid_flex.kernels.dsa.hopper import lies_on_lines, strides
 
     x = torch.empty(2, 3, 4, 576, dtype=torch.bfloat16)
     assert lies_on_lines(x) and lies_on_lines(x.transpose(1, 2)) and lies_on_lines(x[..., 64:])

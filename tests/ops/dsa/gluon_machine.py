@@ -1,15 +1,17 @@
 """Run Gluon kernels of Hopper on a CPU, program after program, which Triton's interpreter cannot.
 
-What is started arrives as late as it may: a copy leaves NaN in its place until its group is waited for and the fence
-has passed, and a product reads its operands when it is started and once more when it is waited for, which must be the
-same.  Whatever is not waited for has no value.  Partitions of a program are threads here, which meet at barriers in
-memory only; one that waits for longer than a program takes has been forgotten.  A partition is one thread: what its own
-threads must wait for each other for is not seen; the compiler places those barriers.
+What is started arrives as late as it may: a copy leaves NaN in its place until its group, or the barrier at which it
+arrives, is waited for and the fence has passed, and a product reads its operands when it is started and once more when
+it is waited for, which must be the same.  Whatever is not waited for has no value.  Partitions of a program are threads
+here, which meet at barriers in memory only; one that waits for longer than a program takes has been forgotten.  A
+partition is one thread: what its own threads must wait for each other for is not seen; the compiler places those
+barriers.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -98,10 +100,12 @@ class Barriers:
     """Barriers in memory, or one of them: complete phases are counted, and of a phase those who have arrived."""
 
     PATIENCE = 60.0
+    HEAD_START = 5e-4
 
     def __init__(self, number: int) -> None:
         self.members = [self] if number == 1 else [Barriers(1) for _ in range(number)]
         self.changed, self.count, self.arrived, self.complete = threading.Condition(), 0, 0, 0
+        self.copies: list[tuple[Shared, Tensor]] = []
 
     def index(self, i: Any) -> Barriers:
         return self.members[int(i)]
@@ -114,11 +118,20 @@ class Barriers:
                 self.arrived, self.complete = 0, self.complete + 1
                 self.changed.notify_all()
 
-    def wait(self, phase: Any) -> None:
-        """Wait while the phase of this parity is going on."""
+    def arrive_with(self, copies: list[tuple[Shared, Tensor]]) -> None:
+        """Let copies arrive, of which nothing is seen until somebody waits."""
+        with self.changed:
+            self.copies = copies
+        self.arrive(self.count)
+
+    def wait(self, phase: Any) -> list[Shared]:
+        """Wait while the phase of this parity is going on; return what copies have written since."""
         with self.changed:
             done = self.changed.wait_for(lambda: self.complete % 2 != int(phase), self.PATIENCE)
-        assert done, "nobody arrives at a barrier"
+            assert done, "nobody arrives at a barrier"
+            for shared, x in self.copies:
+                shared.threads.copy_(x)
+            return [shared for shared, _ in self.copies]
 
 
 class Product:
@@ -182,6 +195,11 @@ class Machine:
                 shared.threads.copy_(x)
                 self.under_way.written.append(shared)
 
+    def mbarrier_arrive(self, barrier: Barriers, increment_count: bool) -> None:
+        assert not increment_count
+        barrier.arrive_with(self.under_way.copies)
+        self.under_way.copies = []
+
     def fence_async_shared(self) -> None:
         for shared in self.under_way.written:
             shared.products.copy_(shared.threads)
@@ -214,11 +232,16 @@ class Machine:
         def init(barrier: Barriers, count: int) -> None:
             barrier.count = count
 
+        def arrive(barrier: Barriers, count: int, pred: Any = True) -> None:
+            if pred:
+                barrier.arrive(count)
+                time.sleep(barrier.HEAD_START)  # who gives something away too early finds it overwritten
+
         return types.SimpleNamespace(
             MBarrierLayout=lambda: "barrier",
-            arrive=lambda barrier, count, pred=True: barrier.arrive(count) if pred else None,
+            arrive=arrive,
             init=init,
-            wait=lambda barrier, phase: barrier.wait(phase),
+            wait=lambda barrier, phase: self.under_way.written.extend(barrier.wait(phase)),
         )
 
     # Products

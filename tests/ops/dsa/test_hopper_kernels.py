@@ -104,15 +104,30 @@ def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) 
     check(o, lse, q, k, v, indices, scale)
 
 
+GATHERED = [
+    (1, 3, 700, 64, 1, 512, 300),
+    (1, 3, 700, 64, 1, 576, 200),
+    (2, 2, 90, 80, 2, 512, 70),
+    (1, 2, 90, 70, 1, 512, 1),
+    (1, 2, 900, 64, 1, 576, 700),
+    (1, 2, 300, 40, 1, 512, 150),
+]
+
+
 @pytest.mark.parametrize("gaps", [False, True], ids=["ascending", "gaps"])
 @pytest.mark.parametrize(
-    "sizes", [(1, 3, 700, 64, 1, 576, 200), (2, 2, 90, 80, 2, 512, 70), (1, 2, 90, 70, 1, 512, 1)], ids=str
+    ("sizes", "scale", "dtype"),
+    [
+        *((sizes, SCALE, torch.bfloat16) for sizes in GATHERED),
+        *((GATHERED[-1], scale, torch.float16) for scale in (1e4, -1e-30, -0.5)),
+    ],
+    ids=str,
 )
-def test_gather(sizes: tuple[int, ...], gaps: bool, run: Callable[..., None]) -> None:
+def test_gather(sizes: tuple[int, ...], scale: float, dtype: torch.dtype, gaps: bool, run: Callable[..., None]) -> None:
     from hybrid_flex.kernels.dsa.gather_hopper import HEADS, VALUE_DIM, gather_hopper_kernel
 
     B, T, S, H, HKV, D, J = sizes
-    q, k = rows(B, T, H, D, seed=1), rows(B, S, HKV, D, seed=2)
+    q, k = rows(B, T, H, D, seed=1).to(dtype), rows(B, S, HKV, D, seed=2).to(dtype)
     indices = select(B, T, S, J)
     if gaps:
         indices[..., J // 2 :: 3] = -1
@@ -121,10 +136,10 @@ def test_gather(sizes: tuple[int, ...], gaps: bool, run: Callable[..., None]) ->
     o, lse = torch.full((B, T, H, VALUE_DIM), float("nan"), dtype=q.dtype), torch.full((B, T, H), float("nan"))
     programs = B * T * HKV * -(-(H // HKV) // HEADS)
     run(
-        gather_hopper_kernel, programs, q, k, indices, o, lse, SCALE, T, J, *q.stride()[:3], *k.stride()[:3],
-        H=H, HKV=HKV, D=D, V=VALUE_DIM, BH=HEADS, BN=64,
+        gather_hopper_kernel, programs, q, k, indices, o, lse, scale, T, J, *q.stride()[:3], *k.stride()[:3],
+        H=H, HKV=HKV, D=D, V=VALUE_DIM,
     )  # fmt: skip
-    check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices)
+    check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices, scale)
 
 
 def test_the_model_shows_what_is_not_waited_for(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
