@@ -175,3 +175,13 @@ def test_the_model_shows_what_is_not_waited_for(machine: ModuleType, monkeypatch
         barriers.index(1).wait(0)
     barriers.index(1).arrive(1)
     barriers.index(1).wait(0)
+
+    model, arrived = machine.Machine(), machine.Barriers(1)
+    shared = model.allocate_shared_memory(torch.float32, [4, 4], None)
+    model.async_load(shared, pointers)
+    model.mbarrier_arrive(arrived, increment_count=False)
+    assert shared.load(None).isnan().all()
+    model.barriers().wait(arrived, 0)
+    assert (shared.load(None) == 1).all() and product().isnan().all()
+    model.fence_async_shared()
+    assert (product() == 5).all()
