@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,13 +77,15 @@ def compiled(launch: Launch, architecture: int) -> tuple[str, int]:
 
 
 GATHER = {"H": 64, "HKV": 1, "V": 512}
-MASKED = {"H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
-# Kernels in Gluon, constants and warps.
+MASKED = {"D": 128, "H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
+# Kernels in Gluon, and constants.
 HOPPER = [
-    ("gather_hopper", {"D": 512, **GATHER}, 4),
-    ("gather_hopper", {"D": 576, **GATHER}, 4),
-    ("masked_hopper", {"D": 64, **MASKED}, 4),
-    ("masked_hopper", {"D": 128, **MASKED}, 4),
+    ("gather_hopper", {"D": 512, **GATHER}),
+    ("gather_hopper", {"D": 576, **GATHER}),
+    ("masked_hopper", MASKED),
+    ("masked_hopper", {**MASKED, "D": 64}),
+    ("masked_hopper", {**MASKED, "HKV": 16, "BG": 2}),
+    ("masked_hopper", {**MASKED, "H": 100, "HKV": 1, "BG": 128}),
 ]
 
 
@@ -94,9 +98,8 @@ def test_every_kernel_compiles(architecture: int, kernel_names: set[str]) -> Non
     assert kernel_names - {f"{kernel}_kernel" for kernel, *_ in HOPPER} == {name for name, _ in sizes}
 
 
-@pytest.mark.parametrize(("kernel", "sizes", "num_warps"), HOPPER)
-def test_the_hopper_kernels_compile(kernel: str, sizes: dict[str, int], num_warps: int) -> None:
-    """Gluon is an experiment of Triton's, so these are compiled every time."""
+def compiled_for_hopper(kernel: str, sizes: dict[str, int]) -> Any:
+    """Compile a kernel in Gluon."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -112,5 +115,35 @@ def test_the_hopper_kernels_compile(kernel: str, sizes: dict[str, int], num_warp
         elif name.startswith(("p_", "q_", "k_", "v_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(function, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-    assert binary.metadata.shared <= SHARED_BYTES[90]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+@pytest.mark.parametrize(("kernel", "sizes"), HOPPER, ids=str)
+def test_the_hopper_kernels_compile(kernel: str, sizes: dict[str, int]) -> None:
+    """Gluon is an experiment of Triton's, so these are compiled every time."""
+    assert compiled_for_hopper(kernel, sizes).metadata.shared <= SHARED_BYTES[90]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128])
+def test_weights_do_not_wait_for_products(D: int, tmp_path: Path) -> None:
+    """In the masked kernel's loops exponentials stand before the wait for products, and nothing is spilled."""
+    (tmp_path / "kernel.cubin").write_bytes(compiled_for_hopper("masked_hopper", {**MASKED, "D": D}).asm["cubin"])
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    listing = subprocess.run((program, "-c", tmp_path / "kernel.cubin"), capture_output=True, text=True, check=True)
+    lines, labels, loops = [], {}, []
+    for line in listing.stdout.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif operation := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?(\S+)", line):
+            lines.append(operation[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in labels:
+                loops.append(lines[labels[target[1]] :])
+    # A loop over tiles has one product of logits and one of sums, and waits once for both.
+    loops = [x for x in loops if sum(op.startswith("WARPGROUP.DEPBAR") for op in x) == 1 and "SHFL.BFLY" in x]
+    assert len(loops) == 2
+    for loop in loops:
+        wait = next(i for i, op in enumerate(loop) if op.startswith("WARPGROUP.DEPBAR"))
+        assert sum(op == "MUFU.EX2" for op in loop[:wait]) >= 32
+        assert not [op for op in loop if op.startswith(("LDL", "STL"))]
