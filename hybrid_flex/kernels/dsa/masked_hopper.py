@@ -23,7 +23,9 @@ Written in Gluon (hopper.py).  In Triton's pipeline products wait for weights an
 # NOTE [Three partitions]
 Two warpgroups weigh and multiply half of the rows each, four more warps copy for both.  A tile's buffer passes from one
 to the others and back through two barriers: `ready`, which those who copy complete, and `free`, which takes both
-warpgroups.  So one may weigh while the other one's products run, and neither spends instructions on addresses.
+warpgroups.  So one may weigh while the other one's products run, and neither spends instructions on addresses.  How
+many registers they get decides on more than spills: PTX cannot say that the weights of the last tile are in use while
+this one is weighed, and with 208 or 224 ptxas gives their registers to the new ones, which then wait for the products.
 
 # NOTE [Side by side]
 While a tile is weighed, the logits of the next one and the sums over the one before are multiplied.  So a step begins

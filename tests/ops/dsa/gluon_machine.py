@@ -100,7 +100,6 @@ class Barriers:
     """Barriers in memory, or one of them: complete phases are counted, and of a phase those who have arrived."""
 
     PATIENCE = 60.0
-    HEAD_START = 5e-4
 
     def __init__(self, number: int) -> None:
         self.members = [self] if number == 1 else [Barriers(1) for _ in range(number)]
@@ -169,6 +168,9 @@ class UnderWay(threading.local):
 class Machine:
     """What the kernels call."""
 
+    PAUSE = 5e-4
+    seconds_of_products = 0.0
+
     def __init__(self) -> None:
         self.program = 0
         self.under_way = UnderWay()
@@ -235,7 +237,7 @@ class Machine:
         def arrive(barrier: Barriers, count: int, pred: Any = True) -> None:
             if pred:
                 barrier.arrive(count)
-                time.sleep(barrier.HEAD_START)  # who gives something away too early finds it overwritten
+                time.sleep(self.PAUSE)  # who gives something away too early finds it overwritten
 
         return types.SimpleNamespace(
             MBarrierLayout=lambda: "barrier",
@@ -252,6 +254,8 @@ class Machine:
         return self.under_way.products[-1]
 
     def warpgroup_mma_wait(self, outstanding: int, deps: list[Any]) -> Any:
+        if len(self.under_way.products) > outstanding:
+            time.sleep(self.seconds_of_products)  # who writes to an operand has time to
         while len(self.under_way.products) > outstanding:
             self.under_way.products.pop(0).finish()
         results = tuple(x.result if isinstance(x, Product) else x for x in deps)

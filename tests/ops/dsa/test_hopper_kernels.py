@@ -82,7 +82,7 @@ SIZES = [
 
 @pytest.mark.parametrize(
     ("sizes", "scale"),
-    [*((sizes, SCALE) for sizes in SIZES), ((1, 9, 200, 4, 1, 64, 60), 1e4), ((1, 9, 200, 4, 1, 64, 60), -1e-30)],
+    [*((sizes, SCALE) for sizes in SIZES), *(((1, 9, 200, 4, 1, 64, 60), scale) for scale in (1e4, -0.2, -1e-30, 0.0))],
     ids=lambda x: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}",
 )
 def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) -> None:
@@ -119,7 +119,7 @@ GATHERED = [
     ("sizes", "scale", "dtype"),
     [
         *((sizes, SCALE, torch.bfloat16) for sizes in GATHERED),
-        *((GATHERED[-1], scale, torch.float16) for scale in (1e4, -1e-30, -0.5)),
+        *((GATHERED[-1], scale, torch.float16) for scale in (1e4, -0.5, -1e-30, 0.0)),
     ],
     ids=str,
 )
@@ -140,6 +140,14 @@ def test_gather(sizes: tuple[int, ...], scale: float, dtype: torch.dtype, gaps: 
         H=H, HKV=HKV, D=D, V=VALUE_DIM,
     )  # fmt: skip
     check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices, scale)
+
+
+def test_nobody_writes_what_slow_products_read(
+    machine: ModuleType, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.Machine, "seconds_of_products", 0.01)
+    test_masked((1, 20, 700, 4, 1, 64, 60), SCALE, run)
+    test_gather((1, 1, 900, 64, 1, 576, 700), SCALE, torch.bfloat16, False, run)
 
 
 def test_the_model_shows_what_is_not_waited_for(machine: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
