@@ -95,7 +95,7 @@ def test_every_kernel_compiles(architecture: int, kernel_names: set[str]) -> Non
     with ThreadPoolExecutor(2) as pool:
         sizes = list(pool.map(lambda launch: compiled(launch, architecture), launches(architecture)))
     assert not [(name, size) for name, size in sizes if size > SHARED_BYTES[architecture]]
-    assert kernel_names - {f"{kernel}_kernel" for kernel, *_ in HOPPER} == {name for name, _ in sizes}
+    assert kernel_names - {f"{kernel}_kernel" for kernel, _ in HOPPER} == {name for name, _ in sizes}
 
 
 def compiled_for_hopper(kernel: str, sizes: dict[str, int]) -> Any:

@@ -62,7 +62,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hybrid_flex.kernels.launch import on_its_device
 
 from .gather import LN_2, LOG2_E, LOWEST, launch_gather
-from .hopper import as_operand, as_rows, barrier, copy_rows, is_on_hopper, load_slots, on_lines, signal, strides
+from .hopper import (
+    as_operand,
+    as_rows,
+    barrier,
+    copy_rows,
+    is_on_hopper,
+    load_slots,
+    on_lines,
+    selected_rows,
+    signal,
+    strides,
+)
 from .spans import cut
 
 HEADS = 64
@@ -100,14 +111,14 @@ def copy_part(s_part, ready, free, phase, p_rows, m_rows, layout: gl.constexpr):
 
 @gluon.jit
 def copy_tiles(tiles, s_k, s_bias, ready, biased, free, p_k, k_row, p_slots, J, s_rest=None):
-    """Copy the selected rows of all tiles: NOTE [Zero rows] in hopper.py."""
+    """Copy the selected rows of all tiles."""
     STEPS: gl.constexpr = PARTS + (1 if s_rest is not None else 0)
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, COPY)
     b_slot = load_slots(p_slots, 0, J, SLOTS, ROW)
     for n in range(0, tiles):
         owner, phase = n & 1, ((n >> 1) & 1) ^ 1  # the phase before a barrier's first one counts as complete
-        p_rows, m_rows = p_k + gl.maximum(b_slot, 0).to(gl.int64) * k_row, b_slot >= 0
+        p_rows, m_rows = selected_rows(p_k, b_slot, k_row)
         b_bias = gl.where(m_rows, 0.0, float("-inf"))
         b_slot = load_slots(p_slots, (n + 1) * SLOTS, J, SLOTS, ROW)
         if s_rest is not None:
@@ -208,12 +219,13 @@ def give_weights(
 
 @gluon.jit
 def attend_half(
-    W: gl.constexpr, tiles, s_k, s_bias, ready, biased, free, s_q, s_p,
-    s_m, s_L, asked, given, added, p_o, p_lse, G, scale, s_q_rest=None, s_rest=None,
+    W: gl.constexpr, tiles, s_k, s_bias, ready, biased, free, s_q, s_p, s_m, s_L, asked, given, added, p_o, p_lse, G,
+    scale, s_q_rest=None, s_rest=None,
 ):  # fmt: skip
     """Compute half of the columns of o; the first warpgroup also lse."""
     STEPS: gl.constexpr = PARTS + (1 if s_rest is not None else 0)
-    EARLY: gl.constexpr = STEPS - 3  # NOTE [Order of a step]: the best of (1, 1), (0, 1), (2, 1), (1, 2), (2, 2)
+    # NOTE [Order of a step]: of (EARLY, BETWEEN) = (1, 1), (0, 1), (2, 1) and (1, 2) these took the least time.
+    EARLY: gl.constexpr = STEPS - 3
     BETWEEN: gl.constexpr = 3 - EARLY
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SLOTS, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])

@@ -24,10 +24,10 @@ async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 
 @gluon.jit
-def signal(b):
-    """Arrive at a barrier for the whole partition."""
+def signal(b, pred=True):
+    """Arrive at a barrier for the whole partition, if ``pred``."""
     barrier()
-    mbarrier.arrive(b, count=1)
+    mbarrier.arrive(b, count=1, pred=pred)
 
 
 @gluon.jit
@@ -42,6 +42,12 @@ def copy_rows(s_x, p_rows, m_rows, layout: gl.constexpr):
     """Start copying the first columns of rows ``[N]``, zeros where ``m_rows`` is false."""
     i_column = gl.arange(0, s_x.shape[1], gl.SliceLayout(0, layout))
     async_load(s_x, p_rows[:, None] + i_column[None, :], mask=m_rows[:, None])
+
+
+@gluon.jit
+def selected_rows(p_x, b_slot, x_row):
+    """Return pointers to the selected rows, and which of them are to be copied: NOTE [Zero rows]."""
+    return p_x + gl.maximum(b_slot, 0).to(gl.int64) * x_row, b_slot >= 0
 
 
 @gluon.jit

@@ -66,6 +66,7 @@ from .hopper import (
     is_on_hopper,
     load_slots,
     on_lines,
+    selected_rows,
     signal,
     strides,
 )
@@ -81,8 +82,9 @@ SMALLEST = gl.constexpr(2.0**-100)
 
 @gluon.jit
 def copy_selected(s_x, i_buffer, p_x, b_key, x_row, layout: gl.constexpr):
-    """Start copying the selected rows, of unused slots zeros: NOTE [Zero rows] in hopper.py."""
-    copy_rows(s_x.index(i_buffer), p_x + gl.maximum(b_key, 0).to(gl.int64) * x_row, b_key >= 0, layout)
+    """Start copying the selected rows."""
+    p_rows, m_rows = selected_rows(p_x, b_key, x_row)
+    copy_rows(s_x.index(i_buffer), p_rows, m_rows, layout)
 
 
 @gluon.jit
@@ -163,7 +165,7 @@ def weigh(b_s, factor, b_m, b_L):
 @gluon.jit
 def attend_rows(
     FIRST: gl.constexpr, H: gl.constexpr, G: gl.constexpr, BG: gl.constexpr, s_q, s_hidden, number, s_k, s_v, ready,
-    free, p_q, q_token, q_head, p_o, p_lse, scale, i_first, T, is_served,
+    free, p_q, q_token, q_head, p_o, p_lse, scale, i_first, T, is_masked,
 ):  # fmt: skip
     """Compute o and lse of the rows of a tile from FIRST on, as many as a warpgroup multiplies."""
     ROWS: gl.constexpr = s_q.shape[0]
@@ -213,8 +215,7 @@ def attend_rows(
         b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O), is_async=True)
         b_weight, b_a, b_m, b_L = weigh(b_s, factor, b_m, b_L)
         b_o, b_s, b_weight = warpgroup_mma_wait(0, deps=[b_o, b_next, b_weight])
-        barrier()
-        mbarrier.arrive(free.index(i_last), count=1, pred=j > 0)
+        signal(free.index(i_last), j > 0)
         b_p = as_operand(b_weight, WEIGHTS, dtype)
         i_last, i_buffer = i_buffer, i_next
     b_o = warpgroup_mma(b_p, s_v.index(i_last), b_o * as_rows(b_a, O), is_async=True)
@@ -230,11 +231,11 @@ def attend_rows(
     barrier()
     p_rows = p_o + (i_query.to(gl.int64) * H + i_head) * D
     i_column = gl.arange(0, D, gl.SliceLayout(0, COPY))
-    gl.store(p_rows[:, None] + i_column[None, :], s_q.load(COPY), mask=(m_row & is_served)[:, None])
+    gl.store(p_rows[:, None] + i_column[None, :], s_q.load(COPY), mask=(m_row & is_masked)[:, None])
     b_lse = gl.where(b_L > 0.0, b_m * LN_2 + gl.log(b_total), float("-inf"))
     b_row = FIRST + gl.arange(0, ROWS, SUM)
     i_query, i_head = i_first + b_row // BG, b_row % BG
-    gl.store(p_lse + i_query.to(gl.int64) * H + i_head, b_lse, mask=(i_query < T) & (i_head < G) & is_served)
+    gl.store(p_lse + i_query.to(gl.int64) * H + i_head, b_lse, mask=(i_query < T) & (i_head < G) & is_masked)
 
 
 @gluon.jit(do_not_specialize=["T", "PADDED", "CHOSEN", "TILES", "ROOM"])
@@ -259,7 +260,7 @@ def masked_hopper_kernel(
     i_batch = (i_program // (TILES * HKV)).to(gl.int64)
     i_first = i_tile * (BM // BG)
     number = gl.load(p_number + i_batch * TILES + i_tile)
-    is_served = number >= 0  # the gather form serves the others
+    is_masked = number >= 0  # the gather form serves the others
     p_keys += (i_batch * TILES + i_tile) * ROOM
     p_words = p_bits + (i_batch * PADDED + i_first) * CHOSEN
     p_k += i_batch * k_batch + i_kv * k_head
@@ -279,7 +280,7 @@ def masked_hopper_kernel(
         mbarrier.init(ready.index(n), count=1)
         mbarrier.init(free.index(n), count=2)
     tiles = (number, s_k, s_v, ready, free)
-    of_rows = tiles + (p_q, q_token, q_head, p_o + i_heads * D, p_lse + i_heads, scale, i_first, T, is_served)
+    of_rows = tiles + (p_q, q_token, q_head, p_o + i_heads * D, p_lse + i_heads, scale, i_first, T, is_masked)
     of_keys = tiles + (p_k, p_v, k_row, v_row, p_keys, p_words, p_words + HALF // BG * CHOSEN, CHOSEN)
     gl.warp_specialize(  # NOTE [Three partitions]
         [

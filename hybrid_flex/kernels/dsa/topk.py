@@ -44,7 +44,6 @@ SELECT_REGISTERS = {"maxnreg": 128}
 """Of launches of 8192 candidates one would fill a multiprocessor of compute capability 9.0, with these two do."""
 SCORE_REGISTERS = {"maxnreg": 160}
 """With keys of 128 bytes three blocks fit a multiprocessor and not two: 1.8 and not 2.0 ms (T 32768, 8 x 64)."""
-"""What a thread of the selection may have, so that two blocks of 8192 candidates share a multiprocessor of 9.0."""
 ENOUGH_BLOCKS = 256
 """Blocks of the selection that keep a GPU busy; with fewer rows than that, a row is cut into spans of SPAN_WIDTHS."""
 SPAN_WIDTHS = 4

@@ -81,9 +81,6 @@ class Shared:
     def index(self, i: Any) -> Shared:
         return self._view(lambda x: x[int(i)])
 
-    def slice(self, start: int, length: int, dim: int) -> Shared:
-        return self._view(lambda x: x.narrow(dim, start, length))
-
     def permute(self, order: tuple[int, ...]) -> Shared:
         return self._view(lambda x: x.permute(order))
 
@@ -169,7 +166,9 @@ class Machine:
     """What the kernels call."""
 
     PAUSE = 5e-4
+    """Seconds for which a partition that has arrived at a barrier leaves the others alone."""
     seconds_of_products = 0.0
+    """How long products take that are waited for."""
 
     def __init__(self) -> None:
         self.program = 0
@@ -275,10 +274,10 @@ class Machine:
             return values(torch.tensor(x, dtype=dtype))
 
         names = {name: getattr(torch, name) for name in ("bfloat16", "float32", "int16", "int32", "int64")}
-        layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "DistributedLinear")
+        layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "SwizzledShared")
         return types.SimpleNamespace(
             **names,
-            **{f"{name}Layout": lambda *args, **kwargs: None for name in (*layouts, "SwizzledShared")},
+            **{f"{name}Layout": lambda *args, **kwargs: None for name in layouts},
             allocate_shared_memory=self.allocate_shared_memory,
             abs=torch.abs,
             arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),
@@ -291,7 +290,6 @@ class Machine:
             max=lambda x, axis: x.amax(axis),
             maximum=pair(torch.maximum),
             program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
-            reshape=torch.reshape,
             static_range=range,
             store=lambda pointer, x, mask=None: pointer.store(x, mask),
             sum=lambda x, axis: x.sum(axis),
