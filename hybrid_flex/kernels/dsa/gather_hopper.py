@@ -343,6 +343,8 @@ def gather_hopper_kernel(
     async_copy.mbarrier_arrive(asked, increment_count=False)
     # An even number: the second warpgroup weighs the last one.
     tiles = gl.maximum(look_through(p_slots, J) + 2 * SLOTS - 1, 2 * SLOTS) // (2 * SLOTS) * 2
+    # Triton stores what partitions are given where this maximum was handed around, which every warp must have read.
+    barrier()
     of_tiles = (tiles, s_k, s_bias, ready, biased, free)
     of_half = of_tiles + (
         s_q, s_p, s_m, s_L, asked, given, added, p_o + i_heads * V, p_lse + i_heads, G - i_first, scale
