@@ -229,17 +229,22 @@ def append_above(
     Returns:
         how many candidates there are, and the first column that is not among those looked at.
     """
+    half: tl.constexpr = WIDTH // 2
     room = tl.full((), True, tl.int1)
-    while (position < last) & room:
-        b_new = load_columns(p_keys + position, last - position, not FIRST, WIDTH // 2)
-        i_new, number = places(b_new > x)
-        room = kept + number <= WIDTH
+    b_next = load_columns(p_keys + position, last - position, not FIRST, half)
+    for _ in range(position, last, half):  # a `while` that ends with the room could not carry the next half
+        b_new, ahead = b_next, position + half
+        b_next = load_columns(p_keys + ahead, tl.where(room, last - ahead, 0), not FIRST, half)
         if room:
-            store_above(
-                b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to + kept, p_to_keys + kept, True
-            )  # fmt: skip
-            kept += number
-            position += WIDTH // 2
+            i_new, number = places(b_new > x)
+            room = kept + number <= WIDTH
+            if room:
+                store_above(
+                    b_new, x, i_new, start + position, p_columns + position, not FIRST, p_to + kept, p_to_keys + kept,
+                    True,
+                )  # fmt: skip
+                kept += number
+                position = ahead
     return kept, position
 
 
