@@ -22,6 +22,7 @@ from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_contex
 FORWARD = 42
 FORWARD_ON_HOPPER = 60
 TRAINING = 72
+TRAINING_ON_HOPPER = 100
 
 
 def _is_nothing(k: Tensor, indices: Tensor) -> bool:
@@ -97,6 +98,15 @@ _masked_forward.register_fake(fake_forward)
 _hopper_forward.register_fake(fake_forward)
 
 
+def _is_backward_in_gluon(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether the backward's kernel for Hopper serves these tensors; a version of Triton may not have Gluon."""
+    try:
+        from hybrid_flex.kernels.dsa.masked_backward_hopper import is_served
+    except (ImportError, AttributeError):
+        return False
+    return is_served(q, k, v)
+
+
 @torch.library.custom_op("hybrid_flex::sparse_attention_masked_backward", mutates_args=())
 @in_its_own_precision
 def _masked_backward(
@@ -111,7 +121,14 @@ def _masked_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from hybrid_flex.kernels.dsa.gather_backward import launch_gather_backward
-    from hybrid_flex.kernels.dsa.masked_backward import launch_masked_backward
+
+    in_gluon = _is_backward_in_gluon(q, k, v)
+    if in_gluon:
+        from hybrid_flex.kernels.dsa.masked_backward_hopper import (
+            launch_masked_backward_hopper as launch_masked_backward,
+        )
+    else:
+        from hybrid_flex.kernels.dsa.masked_backward import launch_masked_backward
 
     check_kernels("sparse_attention_masked_backward", q)
     arguments = (do, dlse, q, k, v, indices, o, lse, scale)
@@ -123,7 +140,7 @@ def _masked_backward(
     dq = q.new_empty(q.shape)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     # Made anew: kept from the forward, the bits of a long sequence would outweigh all else that is kept.
-    unions, done = _unions(q, k, indices, TRAINING)
+    unions, done = _unions(q, k, indices, TRAINING_ON_HOPPER if in_gluon else TRAINING)
     launch_masked_backward(do, dlse, q, k, v, unions, o, lse, scale, dq=dq, dk=dk, dv=dv)
     if done.is_part:
         launch_gather_backward(*arguments, done, dq=dq, dk=dk, dv=dv)

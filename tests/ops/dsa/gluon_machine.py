@@ -67,6 +67,10 @@ class Pointer:
         assert offset.unique().numel() == offset.numel(), "writes an element twice"
         self.memory[offset] = torch.broadcast_to(x, mask.shape)[mask].to(self.memory.dtype)
 
+    def add(self, x: Tensor, mask: Any, sem: str) -> None:
+        mask, offset = self._reached(mask)
+        self.memory.index_add_(0, offset, torch.broadcast_to(x, mask.shape)[mask].as_subclass(Tensor))
+
 
 class Shared:
     """Shared memory, or a view of it: as threads see it, and as products do, for which what is new passes a fence."""
@@ -80,6 +84,9 @@ class Shared:
 
     def index(self, i: Any) -> Shared:
         return self._view(lambda x: x[int(i)])
+
+    def slice(self, start: int, length: int) -> Shared:
+        return self._view(lambda x: x[start : start + length])
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return self._view(lambda x: x.permute(order))
@@ -280,6 +287,7 @@ class Machine:
             **{f"{name}Layout": lambda *args, **kwargs: None for name in layouts},
             allocate_shared_memory=self.allocate_shared_memory,
             abs=torch.abs,
+            atomic_add=lambda pointer, x, mask, sem: pointer.add(x, mask, sem),
             arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),
             cast=cast,
             convert_layout=lambda x, layout, assert_trivial=False: x,

@@ -104,6 +104,44 @@ def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) 
     check(o, lse, q, k, v, indices, scale)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "scale"),
+    [*((sizes, SCALE) for sizes in SIZES), *(((1, 9, 200, 4, 1, 64, 60), scale) for scale in (30.0, -0.2, 0.0))],
+    ids=lambda x: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}",
+)
+def test_masked_backward(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) -> None:
+    """Every gradient, of tiles that have a union; the others are left alone."""
+    from hybrid_flex.kernels.dsa.masked import ROWS, Unions, queries_of_tile
+    from hybrid_flex.kernels.dsa.masked_backward_hopper import masked_backward_hopper_kernel
+    from hybrid_flex.kernels.launch import next_power_of_2
+
+    B, T, S, H, HKV, D, J = sizes
+    q, k, v = rows(B, T, H, D, seed=1), rows(B, S, HKV, D, seed=2), rows(B, S, HKV, D, seed=3)
+    do, dlse = rows(B, T, H, D, seed=4), rows(B, T, H, seed=5).float()
+    indices = select(B, T, S, J)
+    tile = queries_of_tile(H // HKV)
+    unions = Unions(*unite(indices, S, tile, S))
+    left = torch.zeros(B, T, dtype=torch.bool)
+    if unions.number.shape[1] > 1:
+        unions.number[0, 0], left[0, :tile] = -1, True
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    o, lse = sparse_attention(*leaves, indices, scale=scale, backend="reference")
+    seen = ~(left | (indices < 0).all(-1))[..., None]
+    want = torch.autograd.grad((o * do * seen[..., None]).sum() + (lse * dlse).where(seen, 0.0).sum(), leaves)
+    dq = torch.full((B, T, H, D), 7.0, dtype=q.dtype)
+    dk, dv = (torch.ones(B, S, HKV, D) for _ in range(2))
+    strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    run(
+        masked_backward_hopper_kernel, B * HKV * unions.number.shape[1],
+        q, k, v, *unions, o.detach().to(q.dtype).contiguous(), lse.detach().float().contiguous(), do, dlse, dq, dk, dv, scale, T, S,
+        *unions.sizes, *strides, H=H, HKV=HKV, D=D, BG=next_power_of_2(H // HKV), BM=ROWS, BN=64,
+    )  # fmt: skip
+    assert (dq[left] == 7).all()
+    dq[left] = 0
+    for name, got, exact in zip(("dq", "dk", "dv"), (dq, dk - 1, dv - 1), want, strict=True):
+        assert (got.double() - exact).norm() <= 8e-3 * exact.norm() + 1e-4, name
+
+
 GATHERED = [
     (1, 3, 700, 64, 1, 512, 300),
     (1, 3, 700, 64, 1, 576, 200),
@@ -147,6 +185,7 @@ def test_nobody_writes_what_slow_products_read(
 ) -> None:
     monkeypatch.setattr(machine.Machine, "seconds_of_products", 0.01)
     test_masked((1, 20, 700, 4, 1, 64, 60), SCALE, run)
+    test_masked_backward((1, 20, 700, 4, 1, 64, 60), SCALE, run)
     test_gather((1, 1, 900, 64, 1, 576, 700), SCALE, torch.bfloat16, False, run)
 
 

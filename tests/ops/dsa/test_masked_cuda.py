@@ -20,7 +20,8 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 
 @pytest.fixture
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_in_masked_hopper_kernel", lambda q, k, v: False)
+    for module, name in ((attention, "_in_masked_hopper_kernel"), (masked, "_is_backward_in_gluon")):
+        monkeypatch.setattr(module, name, lambda q, k, v: False)
 
 
 @pytest.fixture(params=["triton", "gluon"])
@@ -94,7 +95,7 @@ def causal(T: int, J: int) -> Tensor:
 def test_it_equals_the_gather_form_over_many_tiles(J: int, kernel: None) -> None:
     """Some tiles share too much to be gathered and some too little to be masked, or all are masked."""
     inputs, indices = draw((1, 3000, 3000, 16, 4, 128, 128, 0), torch.bfloat16), causal(3000, J)
-    for worth in (masked.FORWARD, masked.FORWARD_ON_HOPPER, masked.TRAINING):
+    for worth in (masked.FORWARD, masked.FORWARD_ON_HOPPER, masked.TRAINING, masked.TRAINING_ON_HOPPER):
         tiles = masked._unions(inputs[0], inputs[1], indices, worth)[1].tiles
         assert (tiles < 0).any() == (J == 60) and (tiles >= 0).any()
     got, want = (results(inputs, indices, backend) for backend in ("masked", "gather"))
