@@ -126,6 +126,7 @@ def test_masked_backward(sizes: tuple[int, ...], scale: float, run: Callable[...
         unions.number[0, 0], left[0, :tile] = -1, True
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     o, lse = sparse_attention(*leaves, indices, scale=scale, backend="reference")
+    outputs = o.detach().to(q.dtype).contiguous(), lse.detach().float().contiguous()
     seen = ~(left | (indices < 0).all(-1))[..., None]
     want = torch.autograd.grad((o * do * seen[..., None]).sum() + (lse * dlse).where(seen, 0.0).sum(), leaves)
     dq = torch.full((B, T, H, D), 7.0, dtype=q.dtype)
@@ -133,8 +134,8 @@ def test_masked_backward(sizes: tuple[int, ...], scale: float, run: Callable[...
     strides = (*q.stride()[:3], *do.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     run(
         masked_backward_hopper_kernel, B * HKV * unions.number.shape[1],
-        q, k, v, *unions, o.detach().to(q.dtype).contiguous(), lse.detach().float().contiguous(), do, dlse, dq, dk, dv, scale, T, S,
-        *unions.sizes, *strides, H=H, HKV=HKV, D=D, BG=next_power_of_2(H // HKV), BM=ROWS, BN=64,
+        q, k, v, *unions, *outputs, do, dlse, dq, dk, dv, scale, T, S, *unions.sizes, *strides,
+        H=H, HKV=HKV, D=D, BG=next_power_of_2(H // HKV), BM=ROWS, BN=64,
     )  # fmt: skip
     assert (dq[left] == 7).all()
     dq[left] = 0
