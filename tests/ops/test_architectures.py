@@ -78,6 +78,7 @@ def compiled(launch: Launch, architecture: int) -> tuple[str, int]:
 
 GATHER = {"H": 64, "HKV": 1, "V": 512}
 MASKED = {"D": 128, "H": 32, "HKV": 8, "BG": 4, "BM": 128, "BN": 64}
+SCORES = {"HI": 8, "DI": 64, "BT": 64, "BS": 128, "TILES": 16, "TOPK": 2048, "KPOOL": 1, "CAUSAL": True, "SEES": "all"}
 # Kernels in Gluon, and constants.
 HOPPER = [
     ("gather_hopper", {"D": 512, **GATHER}),
@@ -86,6 +87,10 @@ HOPPER = [
     ("masked_hopper", {**MASKED, "D": 64}),
     ("masked_hopper", {**MASKED, "HKV": 16, "BG": 2}),
     ("masked_hopper", {**MASKED, "H": 100, "HKV": 1, "BG": 128}),
+    ("masked_backward_hopper", MASKED),
+    ("masked_backward_hopper", {**MASKED, "D": 64}),
+    ("scores_hopper", SCORES),
+    ("scores_hopper", {**SCORES, "HI": 1, "SEES": "range"}),
 ]
 
 
@@ -104,15 +109,16 @@ def compiled_for_hopper(kernel: str, sizes: dict[str, int]) -> Any:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     function = getattr(importlib.import_module(f"hybrid_flex.kernels.dsa.{kernel}"), f"{kernel}_kernel")
-    given = {"p_lse": "*fp32", "scale": "fp32", **{f"p_{name}": "*bf16" for name in "qkvo"}}
-    given |= {f"p_{name}": "*i32" for name in ("slots", "bits", "number", "keys")}
+    given = {"scale": "fp32", **{f"p_{name}": "*bf16" for name in ("q", "k", "v", "o", "w", "do", "dq")}}
+    given |= {f"p_{name}": "*fp32" for name in ("lse", "dlse", "dk", "dv")}
+    given |= {f"p_{name}": "*i32" for name in ("slots", "bits", "number", "keys", "first", "last")}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         name = parameter.name
         signature[name] = "constexpr" if parameter.is_constexpr else given.get(name, "i32")
         if parameter.is_constexpr:
             constants[(i,)] = sizes[name]
-        elif name.startswith(("p_", "q_", "k_", "v_")):
+        elif name.startswith(("p_", "q_", "k_", "v_", "do_", "stride_")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(function, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

@@ -20,9 +20,9 @@ NONE = tl.constexpr(-(2**31))
 
 @triton.jit
 def sortable(x):
-    """Turn float32 into int32 in the same order; zeros of both signs are one, and -2^31 stays free for "no key"."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 = 0.0
-    return tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
+    """Turn float32 into int32 in the same order; zeros of both signs are 0, and no number is NONE."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, NONE - bits, bits)
 
 
 @triton.jit

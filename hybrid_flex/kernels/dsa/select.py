@@ -50,7 +50,7 @@ MANY = tl.constexpr(1 << 20)
 @triton.jit
 def as_float(x):
     """Turn a sortable integer back into float32."""
-    return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(x < 0, NONE - x, x).to(tl.float32, bitcast=True)
 
 
 @triton.jit
