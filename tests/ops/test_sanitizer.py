@@ -30,5 +30,11 @@ def test_the_calls_are_right() -> None:
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_kernels(tool: str, kernel_names: set[str]) -> None:
-    text = run("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(SCRIPT))
+    """racecheck leaves out kernels of several partitions: it does not follow the barriers by which they meet.
+
+    It reports the words by which Triton itself hands work to partitions; tests/ops/dsa/test_hopper_kernels.py looks for
+    races in a model of these kernels, tests/ops/test_architectures.py in what is done before partitions begin.
+    """
+    options = ("--kernel-name-exclude", "kernel_substring=hopper") if tool == "racecheck" else ()
+    text = run("compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9", sys.executable, str(SCRIPT))
     assert kernel_names <= set(text.split()), kernel_names - set(text.split())

@@ -94,30 +94,34 @@ def add_tile(s_sum, given, taken, phase, p_x, x_row, rows, layout: gl.constexpr)
 
 
 @gluon.jit
-def copy_and_add(
-    number, s_k, s_v, ready, free, s_sum, given, taken, p_k, p_v, k_row, v_row, p_keys, p_dk, p_dv, x_row
-):  # fmt: skip
-    """Copy the keys and values of all tiles, and add what the warpgroups leave: NOTE [Who adds]."""
+def copy_tiles(number, s_k, s_v, ready, free, p_k, p_v, k_row, v_row, p_keys):
+    """Copy the keys and values of all tiles."""
     BN: gl.constexpr = s_k.shape[1]
     D: gl.constexpr = s_k.shape[2]
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    ADD: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
     ROW: gl.constexpr = gl.SliceLayout(1, COPY)
     b_key = load_slots(p_keys, 0, number, BN, ROW)
-    copy_tile(s_k, s_v, ready, 0, p_k, p_v, k_row, v_row, b_key, COPY)
-    b_key = load_slots(p_keys, BN, number, BN, ROW)
-    i_next, phase, turn = 1, 1, 0  # the phase before a barrier's first one counts as complete
+    i, phase = 0, 1  # the phase before a barrier's first one counts as complete
     for j in range(0, gl.maximum(number, 1), BN):  # of no keys a tile of zeros
+        mbarrier.wait(free.index(i), phase)
+        copy_tile(s_k, s_v, ready, i, p_k, p_v, k_row, v_row, b_key, COPY)
+        b_key = load_slots(p_keys, j + BN, number, BN, ROW)
+        phase ^= i
+        i ^= 1
+
+
+@gluon.jit
+def add_tiles(number, s_sum, given, taken, p_keys, p_dk, p_dv, x_row):
+    """Add what the warpgroups leave: NOTE [Who adds]."""
+    BN: gl.constexpr = s_sum.shape[1]
+    D: gl.constexpr = s_sum.shape[2]
+    ADD: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
+    turn = 0
+    for j in range(0, gl.maximum(number, 1), BN):
         rows = load_rows(p_keys, j, number, BN, gl.SliceLayout(1, ADD))
-        if j + BN < number:
-            mbarrier.wait(free.index(i_next), phase)
-            copy_tile(s_k, s_v, ready, i_next, p_k, p_v, k_row, v_row, b_key, COPY)
-        b_key = load_slots(p_keys, j + 2 * BN, number, BN, ROW)
         add_tile(s_sum.index(0), given.index(0), taken.index(0), turn, p_dv, x_row, rows, ADD)
         add_tile(s_sum.index(1), given.index(1), taken.index(1), turn, p_dk, x_row, rows, ADD)
         turn ^= 1
-        phase ^= i_next
-        i_next ^= 1
 
 
 @gluon.jit
@@ -134,20 +138,6 @@ def is_selected(b_word0, b_word1, BN: gl.constexpr, layout: gl.constexpr):
     b_word = gl.where(i_key < 32, b_word0[:, None], b_word1[:, None])
     # A thread's keys are 8 n and 8 n + 1 behind its first one: one shift serves all, the others are constants.
     return ((b_word >> (i_key & 6)) & (1 << (i_key & 25))) != 0
-
-
-@gluon.jit
-def multiply(s_x, s_y, b_none):
-    """Start multiplying all rows of x with all of y."""
-    return warpgroup_mma(s_x, s_y.permute((1, 0)), b_none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def sum_rows(s_weight, s_x, weighed, phase, b_nothing, W: gl.constexpr):
-    """Start multiplying the weights of all rows with what they weigh, those of the other warpgroup when they come."""
-    b_sum = warpgroup_mma(s_weight.index(W).permute((1, 0)), s_x.index(W), b_nothing, use_acc=False, is_async=True)
-    mbarrier.wait(weighed.index(1 - W), phase)
-    return warpgroup_mma(s_weight.index(1 - W).permute((1, 0)), s_x.index(1 - W), b_sum, is_async=True)
 
 
 @gluon.jit
@@ -198,18 +188,18 @@ def differentiate_rows(
     b_none = gl.zeros([ROWS, BN], gl.float32, S)
     b_nothing = gl.zeros([BN, D], gl.float32, O)
     b_dq = gl.zeros([ROWS, D], gl.float32, O)
-    mbarrier.wait(ready.index(0), 0)
-    fence_async_shared()
-    b_s = multiply(s_q.index(W), s_k.index(0), b_none)
-    b_s = warpgroup_mma_wait(0, deps=[b_s])
     i, phase, turn = 0, 0, 0
     for j in range(0, gl.maximum(number, 1), BN):
-        b_e = multiply(s_do.index(W), s_v.index(i), b_none)
-        # A head without keys has lse = -inf, and no key that is asked for its weight.
-        b_p = gl.where(is_selected(b_word0, b_word1, BN, S), gl.exp2(b_s * factor - b_lse[:, None]), 0.0)
-        b_e, b_p = warpgroup_mma_wait(0, deps=[b_e, b_p])
-        b_e = b_p * (b_e - b_delta[:, None])
+        mbarrier.wait(ready.index(i), phase)
+        fence_async_shared()
+        b_s = warpgroup_mma(s_q.index(W), s_k.index(i).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        b_e = warpgroup_mma(s_do.index(W), s_v.index(i).permute((1, 0)), b_none, use_acc=False, is_async=True)
+        m_s = is_selected(b_word0, b_word1, BN, S)
         b_word0, b_word1 = load_words(p_words, j + BN, m_row & (j + BN < number))
+        b_s = warpgroup_mma_wait(1, deps=[b_s])
+        # A head without keys has lse = -inf, and no key that is asked for its weight.
+        b_p = gl.where(m_s, gl.exp2(b_s * factor - b_lse[:, None]), 0.0)
+        b_e = b_p * (warpgroup_mma_wait(0, deps=[b_e]) - b_delta[:, None])
         mbarrier.wait(free.index(i ^ 1), phase ^ i ^ 1)  # NOTE [Two buffers]
         s_p.index(W).store(b_p.to(dtype))
         s_e.index(W).store(b_e.to(dtype))
@@ -217,24 +207,23 @@ def differentiate_rows(
         signal(weighed.index(W))
         b_dq = warpgroup_mma(as_operand(b_e, WEIGHTS, dtype), s_k.index(i), b_dq, is_async=True)
         if W == 0:
-            b_sum = sum_rows(s_p, s_do, weighed, turn, b_nothing, W)
+            b_sum = warpgroup_mma(s_p.index(0).permute((1, 0)), s_do.index(0), b_nothing, use_acc=False, is_async=True)
+            mbarrier.wait(weighed.index(1), turn)
+            b_sum = warpgroup_mma(s_p.index(1).permute((1, 0)), s_do.index(1), b_sum, is_async=True)
+            b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
         else:
-            b_sum = sum_rows(s_e, s_q, weighed, turn, b_nothing, W)
-        b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
-        signal(free.index(i))
-        # While the sums are left, the logits of the next tile are multiplied; behind the last one, those of any.
-        phase ^= i
-        i ^= 1
-        mbarrier.wait(ready.index(i), phase, pred=j + BN < number)
-        fence_async_shared()
-        b_s = multiply(s_q.index(W), s_k.index(i), b_none)
-        if W == 1:
+            b_sum = warpgroup_mma(s_e.index(1).permute((1, 0)), s_q.index(1), b_nothing, use_acc=False, is_async=True)
+            mbarrier.wait(weighed.index(0), turn)
+            b_sum = warpgroup_mma(s_e.index(0).permute((1, 0)), s_q.index(0), b_sum, is_async=True)
+            b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
             b_sum *= scale
+        signal(free.index(i))
         mbarrier.wait(taken.index(W), turn ^ 1)
         s_sum.index(W).store(b_sum)
         signal(given.index(W))
         turn ^= 1
-        b_s = warpgroup_mma_wait(0, deps=[b_s])
+        phase ^= i
+        i ^= 1
     # Through the place of the sums, for whole rows.
     mbarrier.wait(taken.index(W), turn ^ 1)
     s_sum.index(W).store(b_dq * scale)
@@ -297,16 +286,18 @@ def masked_backward_hopper_kernel(
         s_q, s_do, s_p, s_e, weighed, p_q, q_token, q_head, p_do, do_token, do_head, p_o + i_heads * D,
         p_lse + i_heads, p_dlse + i_heads, p_dq + i_heads * D,
     )  # fmt: skip
-    of_keys = tiles + (p_k, p_v, k_row, v_row, p_keys, p_dk, p_dv, HKV * D)
+    of_keys = (number, s_k, s_v, ready, free, p_k, p_v, k_row, v_row, p_keys)
+    of_sums = (number, s_sum, given, taken, p_keys, p_dk, p_dv, HKV * D)
     of_bits = (CHOSEN, scale, i_first, T, number >= 0)
     gl.warp_specialize(  # NOTE [Who adds]
         [
             (differentiate_rows, (0, H, G, BG) + of_rows + (p_words,) + of_bits),
             (differentiate_rows, (1, H, G, BG) + of_rows + (p_words,) + of_bits),
-            (copy_and_add, of_keys),
+            (add_tiles, of_sums),
+            (copy_tiles, of_keys),
         ],
-        [4, 4],
-        [216, 80],
+        [4, 4, 4],
+        [208, 64, 32],
     )
 
 

@@ -295,13 +295,6 @@ def _score(
             *tensors, *strides, columns, *numbers, **keywords, BH=heads, num_warps=4, num_stages=1
         )
         return keys
-    if is_plain(keys) and scale is None and not pages["PAGE"] and _are_in_gluon(q_idx, k_idx, rows):
-        from .scores_hopper import launch_scores_hopper
-
-        ranges = None if rows.first is None or rows.last is None else (rows.first, rows.last)
-        position = rows.numbers[2]
-        launch_scores_hopper(q_idx, k_idx, w, ranges, keys, rows.start, rows.count, upper, position, rows.flags)
-        return keys
     grid = (num_tiles, (num_rows + QUERY_TILE - 1) // QUERY_TILE, B)
     registers = SCORE_REGISTERS if is_plain(keys) and BD * q_idx.element_size() <= 128 else {}
     launchable(scores_kernel, q_idx)[grid](
@@ -309,15 +302,6 @@ def _score(
         num_stages=stages, **registers,
     )  # fmt: skip
     return keys
-
-
-def _are_in_gluon(q_idx: Tensor, k_idx: Tensor, rows: _Rows) -> bool:
-    """Tell whether the kernel for Hopper scores these queries; a version of Triton may not have Gluon."""
-    try:
-        from .scores_hopper import is_served
-    except (ImportError, AttributeError):
-        return False
-    return rows.flags["SEES"] != "length" and is_served(q_idx, k_idx)
 
 
 def _spans(num_rows: int, upper: int, least: int) -> int:

@@ -10,7 +10,6 @@ barriers.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 import types
@@ -30,10 +29,7 @@ class Values(Tensor):
         return types.SimpleNamespace(layout=None)
 
     def to(self, dtype: torch.dtype, bitcast: bool = False) -> Values:
-        # Torch does not shift numbers without a sign, which are kept in longer ones.
-        if dtype == torch.uint32:
-            return super().to(torch.int64) & 0xFFFFFFFF
-        return self.view(dtype) if bitcast and self.element_size() == dtype.itemsize else super().to(dtype)
+        return self.view(dtype) if bitcast else super().to(dtype)
 
 
 def values(x: Any) -> Values:
@@ -182,7 +178,7 @@ class Machine:
     """How long products take that are waited for."""
 
     def __init__(self) -> None:
-        self.program = (0, 0, 0)
+        self.program = 0
         self.under_way = UnderWay()
 
     # Memory and copies
@@ -284,7 +280,7 @@ class Machine:
         def cast(x: Any, dtype: torch.dtype) -> Values:
             return values(torch.tensor(x, dtype=dtype))
 
-        names = {name: getattr(torch, name) for name in ("bfloat16", "float32", "int16", "int32", "int64", "uint32")}
+        names = {name: getattr(torch, name) for name in ("bfloat16", "float32", "int16", "int32", "int64")}
         layouts = ("Blocked", "Slice", "NVMMADistributed", "NVMMAShared", "DotOperand", "SwizzledShared")
         return types.SimpleNamespace(
             **names,
@@ -301,9 +297,7 @@ class Machine:
             log=torch.log,
             max=lambda x, axis: x.amax(axis),
             maximum=pair(torch.maximum),
-            min=lambda x, axis: x.amin(axis),
-            minimum=pair(torch.minimum),
-            program_id=lambda axis: values(torch.tensor(self.program[axis], dtype=torch.int32)),
+            program_id=lambda axis: values(torch.tensor(self.program, dtype=torch.int32)),
             static_range=range,
             store=lambda pointer, x, mask=None: pointer.store(x, mask),
             sum=lambda x, axis: x.sum(axis),
@@ -343,12 +337,11 @@ class Machine:
         return function(kernel)
 
 
-def run(kernel: Any, programs: int | tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+def run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     """Run all programs of a kernel; tensors become pointers to their first elements."""
     machine = Machine()
     function = machine.translate(kernel)
-    grid = (programs, 1, 1) if isinstance(programs, int) else programs
-    for machine.program in itertools.product(*map(range, grid)):
+    for machine.program in range(programs):
         given = []
         for x in arguments:
             if isinstance(x, Tensor):

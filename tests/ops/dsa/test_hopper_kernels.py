@@ -181,53 +181,6 @@ def test_gather(sizes: tuple[int, ...], scale: float, dtype: torch.dtype, gaps: 
     check(o, lse, q, k.nan_to_num(0.0), k[..., :VALUE_DIM].nan_to_num(0.0), indices, scale)
 
 
-# B, T, S, HI, topk, kpool, causal, first query, first of the scored queries, whether sequences are packed
-SCORED = [
-    (1, 70, 400, 8, 20, 1, True, 330, 0, False),
-    (2, 200, 50, 3, 7, 4, True, 0, 64, False),
-    (1, 40, 300, 1, 50, 1, False, 0, 10, False),
-    (1, 130, 130, 2, 5, 1, True, 0, 0, True),
-]
-
-
-@pytest.mark.parametrize("case", SCORED, ids=str)
-def test_scores(case: tuple[int, ...], run: Callable[..., None]) -> None:
-    """Of integers sums are exact; between keys that a query sees, NONE stands for those it does not."""
-    from hybrid_flex.kernels.dsa.scores import NONE
-    from hybrid_flex.kernels.dsa.scores_hopper import scores_hopper_kernel
-
-    B, T, S, HI, topk, kpool, causal, query_start, start, packed = case
-    generator = torch.Generator().manual_seed(0)
-    q, k, w = (
-        torch.randint(-3, 4, size, generator=generator).bfloat16() for size in ((B, T, HI, 64), (B, S, 64), (B, T, HI))
-    )
-    first, last = torch.zeros(T, dtype=torch.int32), torch.full((T,), S, dtype=torch.int32)
-    if packed:
-        first[50:], last[:50] = 50, 50
-    count, columns = T - start, -(-S // 16) * 16
-    keys = torch.full((B, count, columns), 7, dtype=torch.int32)
-    run(
-        scores_hopper_kernel, (-(-S // 256), -(-count // 64), B), q, k, w, first, last, keys, q.stride(0), k.stride(0),
-        k.stride(1), w.stride(0), columns, start, count, S, query_start, HI=HI, DI=64, BT=64, BS=128, TILES=2,
-        TOPK=topk, KPOOL=kpool, CAUSAL=bool(causal), SEES="range" if packed else "all",
-    )  # fmt: skip
-    products = torch.einsum("bthd,bsd->bths", q.float(), k.float()).relu()
-    scores = torch.einsum("bths,bth->bts", products, w.float())[:, start:]
-    t, s = torch.arange(start, T)[:, None], torch.arange(S)
-    sees = (s >= first[start:, None]) & (s < last[start:, None])
-    if causal:
-        sees &= s < (query_start + t + 1) // kpool
-    for b in range(B):
-        for i in (sees.sum(-1) > topk).nonzero()[:, 0].tolist():
-            # Vectors are read whole.
-            seen = torch.nn.functional.pad(sees[i], (0, columns - S))
-            vectors = seen.view(-1, 16).any(-1).repeat_interleave(16)
-            assert (keys[b, i][vectors & ~seen] == NONE.value).all()
-            mine, exact = keys[b, i, :S][sees[i]], scores[b, i][sees[i]]
-            assert torch.equal(mine[exact >= 0], exact[exact >= 0].view(torch.int32) & 0x7FFFFFFF)
-            assert torch.equal(-mine[exact < 0], exact[exact < 0].abs().view(torch.int32))
-
-
 def test_nobody_writes_what_slow_products_read(
     machine: ModuleType, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
