@@ -8,13 +8,15 @@ where a query has not selected a key::
     dk_{u_j} += scale sum_t e_tj q_t                dv_{u_j} += sum_t p_tj do_t
 
 What bounds it are the sums in memory: of 64 keys 64 KB, for which the L2 takes 4000 cycles a multiprocessor (3.75 TB/s
-on an H200, in words, vectors or whole rows alike), and the products 2560.  So those who add must never wait, and the
-others may.
+on an H200, as words, vectors or whole rows alike); the products take 2560.  So those who add must not wait for others,
+who may wait for them.
 
-# NOTE [Who adds]
-Two warpgroups weigh and multiply, four more warps copy keys and values, and add to memory.  The weights of 64 rows each
-go to shared memory, where the first warpgroup multiplies all of p with do, the second all of e with q; each leaves its
-sums in a place of its own, which is added while the other one is filled.
+# NOTE [Four partitions]
+Two warpgroups weigh half of the rows each, four warps add to memory, and four copy keys and values, which would else
+stand behind what is being added.  The weights of all rows go to shared memory, where the first warpgroup multiplies p
+with do and the second e with q; each leaves its sums in a place of its own, one of which is added while the other one
+is filled.  A warpgroup's logits beside the last tile's sums took no less time: the tensor cores are not what it waits
+for.
 
 # NOTE [Two buffers]
 A buffer of keys is free once both warpgroups have multiplied with it, and then nobody reads the weights of its tile any
@@ -112,7 +114,7 @@ def copy_tiles(number, s_k, s_v, ready, free, p_k, p_v, k_row, v_row, p_keys):
 
 @gluon.jit
 def add_tiles(number, s_sum, given, taken, p_keys, p_dk, p_dv, x_row):
-    """Add what the warpgroups leave: NOTE [Who adds]."""
+    """Add what the warpgroups leave."""
     BN: gl.constexpr = s_sum.shape[1]
     D: gl.constexpr = s_sum.shape[2]
     ADD: gl.constexpr = gl.BlockedLayout([1, 4], [128 // D, D // 4], [4, 1], [1, 0])
@@ -138,6 +140,14 @@ def is_selected(b_word0, b_word1, BN: gl.constexpr, layout: gl.constexpr):
     b_word = gl.where(i_key < 32, b_word0[:, None], b_word1[:, None])
     # A thread's keys are 8 n and 8 n + 1 behind its first one: one shift serves all, the others are constants.
     return ((b_word >> (i_key & 6)) & (1 << (i_key & 25))) != 0
+
+
+@gluon.jit
+def sum_rows(s_weight, s_x, weighed, phase, b_nothing, W: gl.constexpr):
+    """Start multiplying the weights of all rows with what they weigh, those of the other warpgroup when they come."""
+    b_sum = warpgroup_mma(s_weight.index(W).permute((1, 0)), s_x.index(W), b_nothing, use_acc=False, is_async=True)
+    mbarrier.wait(weighed.index(1 - W), phase)
+    return warpgroup_mma(s_weight.index(1 - W).permute((1, 0)), s_x.index(1 - W), b_sum, is_async=True)
 
 
 @gluon.jit
@@ -207,15 +217,11 @@ def differentiate_rows(
         signal(weighed.index(W))
         b_dq = warpgroup_mma(as_operand(b_e, WEIGHTS, dtype), s_k.index(i), b_dq, is_async=True)
         if W == 0:
-            b_sum = warpgroup_mma(s_p.index(0).permute((1, 0)), s_do.index(0), b_nothing, use_acc=False, is_async=True)
-            mbarrier.wait(weighed.index(1), turn)
-            b_sum = warpgroup_mma(s_p.index(1).permute((1, 0)), s_do.index(1), b_sum, is_async=True)
-            b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
+            b_sum = sum_rows(s_p, s_do, weighed, turn, b_nothing, W)
         else:
-            b_sum = warpgroup_mma(s_e.index(1).permute((1, 0)), s_q.index(1), b_nothing, use_acc=False, is_async=True)
-            mbarrier.wait(weighed.index(0), turn)
-            b_sum = warpgroup_mma(s_e.index(0).permute((1, 0)), s_q.index(0), b_sum, is_async=True)
-            b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
+            b_sum = sum_rows(s_e, s_q, weighed, turn, b_nothing, W)
+        b_dq, b_sum = warpgroup_mma_wait(0, deps=[b_dq, b_sum])
+        if W == 1:
             b_sum *= scale
         signal(free.index(i))
         mbarrier.wait(taken.index(W), turn ^ 1)
@@ -289,7 +295,7 @@ def masked_backward_hopper_kernel(
     of_keys = (number, s_k, s_v, ready, free, p_k, p_v, k_row, v_row, p_keys)
     of_sums = (number, s_sum, given, taken, p_keys, p_dk, p_dv, HKV * D)
     of_bits = (CHOSEN, scale, i_first, T, number >= 0)
-    gl.warp_specialize(  # NOTE [Who adds]
+    gl.warp_specialize(  # NOTE [Four partitions]
         [
             (differentiate_rows, (0, H, G, BG) + of_rows + (p_words,) + of_bits),
             (differentiate_rows, (1, H, G, BG) + of_rows + (p_words,) + of_bits),

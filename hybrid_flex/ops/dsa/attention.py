@@ -10,9 +10,9 @@ that share too little to the gather form; flex.py holds the form that goes throu
 # NOTE [Masked or gathered]
 A gathered row serves the heads of one query on its key head only.  Where these are few, fetching bounds the gather
 form: 63 ps for a token, key and key head of 128 columns, 290 ps backward.  The masked form fetches a row for 128
-queries and heads, and takes 195 ps (in its kernel for Hopper 131) and 570 ps for a key of a tile's union, tile and key
-head.  With G heads on a key head a tile has 128 / G queries, so that masking is faster up to unions of FORWARD (or
-FORWARD_ON_HOPPER) / (G + 1/2) times as many keys as a query selects, TRAINING / (G + 1/2) times backward (all in
+queries and heads, and takes 195 ps and 570 ps for a key of a tile's union, tile and key head, 131 and 365 in its
+kernels for Hopper.  With G heads on a key head a tile has 128 / G queries, so that masking is faster up to unions of
+FORWARD / (G + 1/2) times as many keys as a query selects, TRAINING / (G + 1/2) times backward, and *_ON_HOPPER (all in
 masked.py).  Each tile decides for itself; where whole sequences are shorter than that, nothing is left to decide.
 Measured on an H200, bfloat16, 2048 keys, 32 heads of 128 on 8, milliseconds gathered and as it chooses, of dense causal
 attention at the end (profiles/results/dsa_nvidia-h200_20261129.md, rows forms_*).  Agreement is the correlation of the

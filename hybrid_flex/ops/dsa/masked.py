@@ -22,7 +22,7 @@ from hybrid_flex.ops.dsa.gather import fake_backward, fake_forward, setup_contex
 FORWARD = 42
 FORWARD_ON_HOPPER = 60
 TRAINING = 72
-TRAINING_ON_HOPPER = 100
+TRAINING_ON_HOPPER = 110
 
 
 def _is_nothing(k: Tensor, indices: Tensor) -> bool:

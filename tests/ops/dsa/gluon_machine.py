@@ -249,7 +249,7 @@ class Machine:
             MBarrierLayout=lambda: "barrier",
             arrive=arrive,
             init=init,
-            wait=lambda barrier, phase, pred=True: self.under_way.written.extend(barrier.wait(phase) if pred else ()),
+            wait=lambda barrier, phase: self.under_way.written.extend(barrier.wait(phase)),
         )
 
     # Products
