@@ -15,14 +15,14 @@ kernels for Hopper.  With G heads on a key head a tile has 128 / G queries, so t
 FORWARD / (G + 1/2) times as many keys as a query selects, TRAINING / (G + 1/2) times backward, and *_ON_HOPPER (all in
 masked.py).  Each tile decides for itself; where whole sequences are shorter than that, nothing is left to decide.
 Measured on an H200, bfloat16, 2048 keys, 32 heads of 128 on 8, milliseconds gathered and as it chooses, of dense causal
-attention at the end (profiles/results/dsa_nvidia-h200_20261129.md, rows forms_*).  Agreement is the correlation of the
+attention at the end (profiles/results/dsa_nvidia-h200_20261130.md, rows forms_*).  Agreement is the correlation of the
 scores that neighbours give a key:
 
     agreement                     none                0.9                dense
     T                      32768   65536 *     32768   131072       32768   131072
     forward                 35 17   69 62       35 6    149 34         13      243
-    forward and backward  194 101  436 316     195 33  789 178         52      914
-                            * timed while the kernels were chosen; it and backward before the kernel for Hopper
+    forward and backward  194  65  436 316     194 20  788 123         53      928
+                            * timed while the kernels were chosen, before those for Hopper
 """
 
 from __future__ import annotations

@@ -164,6 +164,7 @@ class UnderWay(threading.local):
         self.groups: list[list[tuple[Shared, Tensor]]] = []
         self.written: list[Shared] = []
         self.products: list[Product] = []
+        self.partition = 0
 
     def is_nothing(self) -> bool:
         return not (self.copies or self.groups or self.products)
@@ -174,8 +175,8 @@ class Machine:
 
     PAUSE = 5e-4
     """Seconds for which a partition that has arrived at a barrier leaves the others alone."""
-    seconds_of_products = 0.0
-    """How long products take that are waited for."""
+    seconds_of_products: tuple[float, ...] = (0.0,)
+    """How long products take that are waited for: in the first partition, the second and so on, and the others."""
 
     def __init__(self) -> None:
         self.program = 0
@@ -221,14 +222,15 @@ class Machine:
     def warp_specialize(self, partitions: list[tuple[Callable[..., None], tuple]], warps: Any, registers: Any) -> None:
         failed: list[BaseException] = []
 
-        def run(function: Callable[..., None], arguments: tuple) -> None:
+        def run(partition: int, function: Callable[..., None], arguments: tuple) -> None:
+            self.under_way.partition = partition
             try:
                 function(*arguments)
                 assert self.under_way.is_nothing(), "something is on its way when a partition ends"
             except BaseException as error:
                 failed.append(error)
 
-        threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+        threads = [threading.Thread(target=run, args=(i, *partition)) for i, partition in enumerate(partitions)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -261,7 +263,8 @@ class Machine:
 
     def warpgroup_mma_wait(self, outstanding: int, deps: list[Any]) -> Any:
         if len(self.under_way.products) > outstanding:
-            time.sleep(self.seconds_of_products)  # who writes to an operand has time to
+            seconds = self.seconds_of_products
+            time.sleep(seconds[min(self.under_way.partition, len(seconds) - 1)])  # who writes to an operand has time to
         while len(self.under_way.products) > outstanding:
             self.under_way.products.pop(0).finish()
         results = tuple(x.result if isinstance(x, Product) else x for x in deps)
