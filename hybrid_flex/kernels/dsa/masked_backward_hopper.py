@@ -46,7 +46,6 @@ from .hopper import (
     as_rows,
     barrier,
     copy_rows,
-    is_on_hopper,
     load_slots,
     on_lines,
     selected_rows,
@@ -54,7 +53,7 @@ from .hopper import (
     strides,
 )
 from .masked import ROWS, Unions
-from .masked_hopper import WIDTHS
+from .masked_hopper import fits, place
 
 THREADS = gl.constexpr(128)
 """Threads of the warps that copy."""
@@ -252,11 +251,7 @@ def masked_backward_hopper_kernel(
     G: gl.constexpr = H // HKV
     dtype: gl.constexpr = p_k.dtype.element_ty
 
-    # Late tiles first, all tiles of a key head before the next one's: tile_rows in masked.py.
-    i_program = gl.program_id(0)
-    i_tile = TILES - 1 - i_program % TILES
-    i_kv = (i_program // TILES % HKV).to(gl.int64)
-    i_batch = (i_program // (TILES * HKV)).to(gl.int64)
+    i_batch, i_kv, i_tile = place(TILES, HKV)
     i_first = i_tile * (BM // BG)
     number = gl.load(p_number + i_batch * TILES + i_tile)
     p_keys += (i_batch * TILES + i_tile) * ROOM
@@ -287,18 +282,17 @@ def masked_backward_hopper_kernel(
         mbarrier.init(weighed.index(n), count=1)
         mbarrier.init(given.index(n), count=1)
         mbarrier.init(taken.index(n), count=1)
-    tiles = (number, s_k, s_v, ready, free, s_sum, given, taken)
-    of_rows = tiles + (
-        s_q, s_do, s_p, s_e, weighed, p_q, q_token, q_head, p_do, do_token, do_head, p_o + i_heads * D,
-        p_lse + i_heads, p_dlse + i_heads, p_dq + i_heads * D,
+    of_rows = (
+        number, s_k, s_v, ready, free, s_sum, given, taken, s_q, s_do, s_p, s_e, weighed, p_q, q_token, q_head, p_do,
+        do_token, do_head, p_o + i_heads * D, p_lse + i_heads, p_dlse + i_heads, p_dq + i_heads * D, p_words, CHOSEN,
+        scale, i_first, T, number >= 0,
     )  # fmt: skip
     of_keys = (number, s_k, s_v, ready, free, p_k, p_v, k_row, v_row, p_keys)
     of_sums = (number, s_sum, given, taken, p_keys, p_dk, p_dv, HKV * D)
-    of_bits = (CHOSEN, scale, i_first, T, number >= 0)
     gl.warp_specialize(  # NOTE [Four partitions]
         [
-            (differentiate_rows, (0, H, G, BG) + of_rows + (p_words,) + of_bits),
-            (differentiate_rows, (1, H, G, BG) + of_rows + (p_words,) + of_bits),
+            (differentiate_rows, (0, H, G, BG) + of_rows),
+            (differentiate_rows, (1, H, G, BG) + of_rows),
             (add_tiles, of_sums),
             (copy_tiles, of_keys),
         ],
@@ -309,7 +303,7 @@ def masked_backward_hopper_kernel(
 
 def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the kernel takes keys and values of this kind, on this device."""
-    return is_on_hopper(q) and q.shape[3] in WIDTHS and v.shape[3] == q.shape[3] and q.shape[2] // k.shape[2] <= ROWS
+    return fits(q, k, v)
 
 
 @on_its_device

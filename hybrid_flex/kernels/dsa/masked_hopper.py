@@ -238,6 +238,19 @@ def attend_rows(
     gl.store(p_lse + i_query.to(gl.int64) * H + i_head, b_lse, mask=(i_query < T) & (i_head < G) & is_masked)
 
 
+@gluon.jit
+def place(TILES, HKV: gl.constexpr):
+    """Return batch entry, key head and tile of a program.
+
+    Late tiles first, all tiles of a key head before the next one's: tile_rows in masked.py.
+    """
+    i_program = gl.program_id(0)
+    i_tile = TILES - 1 - i_program % TILES
+    i_kv = (i_program // TILES % HKV).to(gl.int64)
+    i_batch = (i_program // (TILES * HKV)).to(gl.int64)
+    return i_batch, i_kv, i_tile
+
+
 @gluon.jit(do_not_specialize=["T", "PADDED", "CHOSEN", "TILES", "ROOM"])
 def masked_hopper_kernel(
     p_q, p_k, p_v, p_bits, p_number, p_keys, p_o, p_lse, scale, T, PADDED, CHOSEN, TILES, ROOM,
@@ -253,11 +266,7 @@ def masked_hopper_kernel(
     G: gl.constexpr = H // HKV
     dtype: gl.constexpr = p_k.dtype.element_ty
 
-    # Late tiles first, all tiles of a key head before the next one's: tile_rows in masked.py.
-    i_program = gl.program_id(0)
-    i_tile = TILES - 1 - i_program % TILES
-    i_kv = (i_program // TILES % HKV).to(gl.int64)
-    i_batch = (i_program // (TILES * HKV)).to(gl.int64)
+    i_batch, i_kv, i_tile = place(TILES, HKV)
     i_first = i_tile * (BM // BG)
     number = gl.load(p_number + i_batch * TILES + i_tile)
     is_masked = number >= 0  # the gather form serves the others
@@ -293,14 +302,17 @@ def masked_hopper_kernel(
     )
 
 
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Tell whether kernels of these tiles take keys and values of this kind, on this device."""
+    return is_on_hopper(q) and q.shape[3] in WIDTHS and v.shape[3] == q.shape[3] and q.shape[2] // k.shape[2] <= ROWS
+
+
 def is_served(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Tell whether the kernel takes keys and values of this kind, on this device, and is the faster one.
 
     With one head on a key head the mask is a fourth of all products, and spreading it out takes longer than they do.
     """
-    if not is_on_hopper(q):
-        return False
-    return q.shape[3] in WIDTHS and v.shape[3] == q.shape[3] and 1 < q.shape[2] // k.shape[2] <= ROWS
+    return fits(q, k, v) and q.shape[2] > k.shape[2]
 
 
 @on_its_device

@@ -64,28 +64,6 @@ def key_places(p_table, i_b, i_s, S, PAGE: tl.constexpr, PAGES: tl.constexpr):
     return i_block, i_row, m_s
 
 
-@triton.jit
-def scored_range(
-    p_first, p_last, i_b, i_t, m_t, T, S, query_start, TOPK: tl.constexpr, KPOOL: tl.constexpr, CAUSAL: tl.constexpr,
-    SEES: tl.constexpr,
-):  # fmt: skip
-    """Return the keys ``first <= s < last`` of each query that are scored; none where it may keep all it sees."""
-    first, last = visible_range(p_first, p_last, i_b, i_t, m_t, T, S, query_start, KPOOL, CAUSAL, SEES)
-    last = tl.where(last - first > TOPK, last, first)
-    return tl.where(last > first, first, S), last
-
-
-@triton.jit
-def store_scores(p_rows, b_I, stride_keys, i_s, m_t, first, last, all_see, BT: tl.constexpr):
-    """Store scores of keys i_s to BT rows of ``stride_keys`` columns, NONE where a query does not see the key."""
-    b_x = sortable(b_I)
-    if not all_see:
-        b_x = tl.where((i_s[None, :] >= first[:, None]) & (i_s[None, :] < last[:, None]), b_x, NONE)
-    # Rows of one program are less than 2^31 numbers apart.
-    i_x = (tl.arange(0, BT) * stride_keys)[:, None] + i_s[None, :]
-    tl.store(p_rows + i_x, b_x, mask=m_t[:, None] & (i_s < stride_keys)[None, :])
-
-
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])
 def scores_kernel(
     p_q, p_k, p_w, p_scale, p_table, p_first, p_last, p_keys, stride_qb, stride_kb, stride_ks, stride_wb, stride_scale,
@@ -98,9 +76,10 @@ def scores_kernel(
     i_s, i_r, i_b = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(2)
     i_t = start + i_r
     m_t, i_d = i_r < rows, tl.arange(0, BD)
-    first, last = scored_range(
-        p_first, p_last, i_b, i_t, m_t, T, S, query_start, TOPK, KPOOL, CAUSAL, SEES
-    )  # fmt: skip
+    first, last = visible_range(p_first, p_last, i_b, i_t, m_t, T, S, query_start, KPOOL, CAUSAL, SEES)
+    # Rows that see no more than they may keep need no scores.
+    last = tl.where(last - first > TOPK, last, first)
+    first = tl.where(last > first, first, S)
     if (tl.program_id(0) * BS >= tl.max(last, 0)) | (tl.program_id(0) * BS + BS <= tl.min(first, 0)):
         return
     m_d = i_d < DI
@@ -119,7 +98,12 @@ def scores_kernel(
         b_I *= tl.load(p_scale + i_block * stride_scale + i_row, mask=m_s, other=0.0)[None, :]
     p_keys += (i_b * rows + tl.program_id(1) * BT).to(tl.int64) * stride_keys
     all_see = (tl.program_id(0) * BS >= tl.max(first, 0)) & (tl.program_id(0) * BS + BS <= tl.min(last, 0))
-    store_scores(p_keys, b_I, stride_keys, i_s, m_t, first, last, all_see, BT)
+    b_keys = sortable(b_I)
+    if not all_see:
+        b_keys = tl.where((i_s[None, :] >= first[:, None]) & (i_s[None, :] < last[:, None]), b_keys, NONE)
+    # Rows of one program are less than 2^31 numbers apart.
+    offsets = (tl.arange(0, BT) * stride_keys)[:, None] + i_s[None, :]
+    tl.store(p_keys + offsets, b_keys, mask=m_t[:, None] & (i_s < stride_keys)[None, :])
 
 
 @triton.jit(do_not_specialize=["start", "T", "S", "query_start"])

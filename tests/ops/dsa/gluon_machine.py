@@ -67,7 +67,7 @@ class Pointer:
         assert offset.unique().numel() == offset.numel(), "writes an element twice"
         self.memory[offset] = torch.broadcast_to(x, mask.shape)[mask].to(self.memory.dtype)
 
-    def add(self, x: Tensor, mask: Any, sem: str) -> None:
+    def add(self, x: Tensor, mask: Any) -> None:
         mask, offset = self._reached(mask)
         self.memory.index_add_(0, offset, torch.broadcast_to(x, mask.shape)[mask].as_subclass(Tensor))
 
@@ -290,7 +290,7 @@ class Machine:
             **{f"{name}Layout": lambda *args, **kwargs: None for name in layouts},
             allocate_shared_memory=self.allocate_shared_memory,
             abs=torch.abs,
-            atomic_add=lambda pointer, x, mask, sem: pointer.add(x, mask, sem),
+            atomic_add=lambda pointer, x, mask, sem: pointer.add(x, mask),
             arange=lambda first, last, layout=None: values(torch.arange(first, last, dtype=torch.int32)),
             cast=cast,
             convert_layout=lambda x, layout, assert_trivial=False: x,

@@ -80,10 +80,14 @@ SIZES = [
 ]
 
 
+def name(x: tuple[int, ...] | float) -> str:
+    return "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}"
+
+
 @pytest.mark.parametrize(
     ("sizes", "scale"),
     [*((sizes, SCALE) for sizes in SIZES), *(((1, 9, 200, 4, 1, 64, 60), scale) for scale in (1e4, -0.2, -1e-30, 0.0))],
-    ids=lambda x: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}",
+    ids=name,
 )
 def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) -> None:
     from hybrid_flex.kernels.dsa.masked import ROWS, Unions, queries_of_tile
@@ -107,7 +111,7 @@ def test_masked(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) 
 @pytest.mark.parametrize(
     ("sizes", "scale"),
     [*((sizes, SCALE) for sizes in SIZES), *(((1, 9, 200, 4, 1, 64, 60), scale) for scale in (30.0, -0.2, 0.0))],
-    ids=lambda x: "B{}-T{}-S{}-H{}-Hkv{}-D{}-J{}".format(*x) if isinstance(x, tuple) else f"scale{x:g}",
+    ids=name,
 )
 def test_masked_backward(sizes: tuple[int, ...], scale: float, run: Callable[..., None]) -> None:
     """Every gradient, of tiles that have a union; the others are left alone."""
@@ -139,8 +143,8 @@ def test_masked_backward(sizes: tuple[int, ...], scale: float, run: Callable[...
     )  # fmt: skip
     assert (dq[left] == 7).all()
     dq[left] = 0
-    for name, got, exact in zip(("dq", "dk", "dv"), (dq, dk - 1, dv - 1), want, strict=True):
-        assert (got.double() - exact).norm() <= 8e-3 * exact.norm() + 1e-4, name
+    for which, got, exact in zip(("dq", "dk", "dv"), (dq, dk - 1, dv - 1), want, strict=True):
+        assert (got.double() - exact).norm() <= 8e-3 * exact.norm() + 1e-4, which
 
 
 GATHERED = [
